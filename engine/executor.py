@@ -1,0 +1,44 @@
+"""Executor: the seam between the engine, which decides, and the ranks, which compute."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Protocol
+
+import msgspec
+
+from engine.step import StepPlan, StepResult
+
+
+class CacheCapacity(msgspec.Struct, frozen=True):
+    """What the ranks can hold: the least of any rank."""
+
+    num_blocks: int
+    """KV blocks on the device."""
+    block_size: int
+    """Tokens a block."""
+    num_host_blocks: int = 0
+
+
+class Executor(Protocol):
+    """Runs step plans on some set of ranks."""
+
+    def start(self) -> CacheCapacity:
+        """Load the model on every rank and allocate the cache. Raises ConfigError or ModelLoadError."""
+        ...
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """Queue a plan behind those submitted before. The future raises ExecutorDied if a rank fails."""
+        ...
+
+    def check(self) -> None:
+        """Raise ExecutorDied if a rank is known to be dead or stuck."""
+        ...
+
+    def restart(self) -> CacheCapacity:
+        """Replace what died and begin a new epoch: every rank has forgotten every sequence and every block."""
+        ...
+
+    def shutdown(self) -> None:
+        """End the ranks. Idempotent; pending futures fail with ExecutorDied."""
+        ...

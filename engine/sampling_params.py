@@ -1,0 +1,194 @@
+"""SamplingParams: what a user may ask of one request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from engine.errors import RequestError
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 8_192
+MAX_SEQUENCES = 128
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose the tokens of one request, validated when made.
+
+    n samples are returned, the best by mean log-probability of `best_of` drawn when that is larger. temperature 0 is
+    greedy. top_k 0 or -1 and top_p 1 are off. `seed` None means a fresh one is drawn when the request is accepted;
+    draws depend on (seed, sample index, position) only. `max_tokens` None runs to the context's end. `logprobs` k gives
+    each token's log-probability and the k best beside it. `stop` strings end a sample where they begin.
+    Raises RequestError, naming the field, for a value out of range or of the wrong type.
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """bad_words as token ids; filled by the tokenizer's owner, see engine.tokenizer."""
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    detokenize: bool = True
+    truncate_prompt_tokens: int | None = None
+    priority: int = 0
+    """Lower runs first, under the scheduler's policy "priority"."""
+
+    def __post_init__(self) -> None:
+        put = msgspec.structs.force_setattr
+        for field in _NUMBERS:
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise _wrong(field, value, "a number")
+            if value != value or value in (float("inf"), float("-inf")):
+                raise _wrong(field, value, "a finite number")
+        for field, optional in _INTEGERS.items():
+            value = getattr(self, field)
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise _wrong(field, value, "an integer" + (" or null" if optional else ""))
+        for field in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
+            if not isinstance(getattr(self, field), bool):
+                raise _wrong(field, getattr(self, field), "true or false")
+        put(self, "stop", _strings("stop", self.stop))
+        put(self, "bad_words", _strings("bad_words", self.bad_words))
+        put(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids or ()))
+        if self.allowed_token_ids is not None:
+            put(self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise _wrong("allowed_token_ids", [], "at least one token id")
+        if self.logit_bias is not None:
+            put(self, "logit_bias", _bias(self.logit_bias))
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        for field, low, high, what in _RANGES:
+            value = getattr(self, field)
+            if value is not None and not low <= value <= high:
+                raise _wrong(field, value, what)
+        if not 0 < self.top_p <= 1:
+            raise _wrong("top_p", self.top_p, "above 0, at most 1")
+        if self.repetition_penalty <= 0:
+            raise _wrong("repetition_penalty", self.repetition_penalty, "above 0")
+        if self.best_of is not None and self.best_of < self.n:
+            raise _wrong("best_of", self.best_of, f"at least n ({self.n})")
+        if self.num_sequences > 1 and self.temperature == 0:
+            raise _wrong("best_of" if self.best_of else "n", self.num_sequences, "1 when temperature is 0 (greedy)")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _wrong("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        if any(not s for s in self.stop):
+            raise _wrong("stop", "", "non-empty strings")
+        if len(self.stop) > MAX_STOP_STRINGS or sum(map(len, self.stop)) > MAX_STOP_CHARS:
+            raise RequestError(
+                f"stop: {len(self.stop)} strings of {sum(map(len, self.stop))} characters: at most "
+                f"{MAX_STOP_STRINGS} strings of {MAX_STOP_CHARS} characters in all",
+                param="stop",
+            )
+
+    @property
+    def num_sequences(self) -> int:
+        """How many samples the engine draws; the best n of them are returned."""
+        return self.best_of if self.best_of is not None else self.n
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def needs_logprobs(self) -> bool:
+        """Whether the engine must return each token's log-probability (asked for, or to rank best_of)."""
+        return self.logprobs is not None or self.num_sequences > self.n
+
+    def replace(self, **changes: Any) -> SamplingParams:
+        """A validated copy with some fields changed."""
+        return msgspec.structs.replace(self, **changes)
+
+
+_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_INTEGERS = {
+    "n": False,
+    "best_of": True,
+    "top_k": False,
+    "seed": True,
+    "max_tokens": True,
+    "min_tokens": False,
+    "logprobs": True,
+    "prompt_logprobs": True,
+    "truncate_prompt_tokens": True,
+    "priority": False,
+}
+_RANGES: tuple[tuple[str, float, float, str], ...] = (
+    ("n", 1, MAX_SEQUENCES, f"1 to {MAX_SEQUENCES}"),
+    ("best_of", 1, MAX_SEQUENCES, f"1 to {MAX_SEQUENCES}"),
+    ("temperature", 0, 100, "0 (greedy) to 100"),
+    ("top_k", -1, 2**31 - 1, "-1 or 0 (off), or at least 1"),
+    ("min_p", 0, 1, "0 to 1"),
+    ("seed", -(2**63), 2**63 - 1, "a signed 64-bit integer"),
+    ("presence_penalty", -2, 2, "-2 to 2"),
+    ("frequency_penalty", -2, 2, "-2 to 2"),
+    ("max_tokens", 1, 2**31 - 1, "at least 1"),
+    ("min_tokens", 0, 2**31 - 1, "at least 0"),
+    ("logprobs", 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+    ("prompt_logprobs", 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+    ("truncate_prompt_tokens", 1, 2**31 - 1, "at least 1"),
+    ("priority", -(2**31), 2**31 - 1, "a signed 32-bit integer"),
+)
+
+
+def _wrong(field: str, got: object, allowed: str) -> RequestError:
+    return RequestError(f"{field}: got {got!r:.200}, allowed: {allowed}", param=field)
+
+
+def _strings(field: str, value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Sequence) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise _wrong(field, value, "a string or a list of strings")
+
+
+def _ids(field: str, value: object) -> tuple[int, ...]:
+    if isinstance(value, Sequence | set | frozenset) and all(type(item) is int and item >= 0 for item in value):
+        return tuple(value)
+    raise _wrong(field, value, "a list of token ids (integers from 0)")
+
+
+def _bias(value: object) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise _wrong("logit_bias", value, "an object of token id: number")
+    out: dict[int, float] = {}
+    for key, bias in value.items():
+        try:
+            token = int(key)
+        except (TypeError, ValueError):
+            raise _wrong("logit_bias", key, "token ids as keys") from None
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise _wrong("logit_bias", bias, "numbers from -100 to 100")
+        if token < 0:
+            raise _wrong("logit_bias", key, "token ids from 0")
+        out[token] = float(bias)
+    return out
