@@ -7,19 +7,86 @@ h // (Hq / Hkv). Source: PagedAttention, Kwon et al. 2023, section 4.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.registry import kernel
 
-# Decode gathers a batch's keys and values into one padded tensor, for as many sequences at a time as fit in this.
-GATHER_BYTES = 64 << 20
+# Decode gathers keys and values into padded tensors, of as many sequences at a time as fit in this: one that stays in
+# a core's cache while it is used.
+GATHER_BYTES = 4 << 20
 
 
 def _check_heads(q: Tensor, k_cache: Tensor) -> None:
     if q.shape[-2] % k_cache.shape[-2]:
         raise ValueError(f"{q.shape[-2]} query heads are not a multiple of {k_cache.shape[-2]} key/value heads")
+
+
+@dataclass(frozen=True)
+class DecodeChunk:
+    """Sequences of similar length that the torch definition decodes together."""
+
+    rows: Tensor | None  # [n] int64 rows of the batch; None: all of them, in order
+    blocks: Tensor  # [n * m] the blocks of each sequence, padded to m with block 0
+    seen: Tensor  # [n, 1, 1, m * block_size] float32, added to the scores: 0 where a token counts, -inf elsewhere
+    empty: Tensor | None  # [n, 1, 1] bool, rows with no context; None: there are none
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How one step's decode attention is cut up. Made once a step, used by every layer with the same sliding window."""
+
+    chunks: list[DecodeChunk]
+
+
+@kernel
+def plan_decode(k_cache: Tensor, block_tables: Tensor, context_lens: Tensor, *, sliding_window: int = 0) -> DecodePlan:
+    """Cut one step's decode attention into pieces. Arguments as for `decode`; only k_cache's shape and dtype matter."""
+    num_seqs = len(context_lens)
+    block_size = k_cache.shape[1]
+    block_bytes = k_cache[0].numel() * k_cache.element_size()
+    lens = context_lens.to(torch.int64)
+    sorted_lens, order = lens.sort(descending=True)
+    lengths: list[int] = sorted_lens.tolist()
+    chunks = []
+    start = 0
+    while start < num_seqs:
+        num_blocks = -(-max(lengths[start], 1) // block_size)
+        end = min(num_seqs, start + max(1, GATHER_BYTES // (num_blocks * block_bytes)))
+        # Where the sequences have become half as long as the first, a new chunk pays: less padding.
+        while end > start + 16 and lengths[end - 1] * 2 < lengths[start]:
+            end = start + max(16, (end - start) // 2)
+        whole = start == 0 and end == num_seqs
+        rows = None if whole else order[start:end]
+        chunks.append(_plan_chunk(rows, block_tables, lens, num_blocks, block_size, sliding_window, lengths[end - 1]))
+        start = end
+    return DecodePlan(chunks)
+
+
+def _plan_chunk(
+    rows: Tensor | None,
+    block_tables: Tensor,
+    lens: Tensor,
+    num_blocks: int,
+    block_size: int,
+    sliding_window: int,
+    shortest: int,
+) -> DecodeChunk:
+    tables = block_tables[:, :num_blocks] if rows is None else block_tables[rows, :num_blocks]
+    lens = lens if rows is None else lens[rows]
+    # A row without context looks at one token of block 0, so that its scores are finite; its output is zeroed.
+    ends = lens.clamp(min=1)[:, None]
+    index = torch.arange(num_blocks * block_size, device=lens.device)
+    seen = index < ends
+    if sliding_window > 0:
+        seen &= index >= ends - sliding_window
+    blocks = tables.masked_fill(index[::block_size] >= lens[:, None], 0).flatten()
+    bias = torch.zeros(seen.shape, device=lens.device).masked_fill_(~seen, float("-inf"))
+    empty = (lens == 0)[:, None, None] if shortest == 0 else None
+    return DecodeChunk(rows, blocks, bias[:, None, None, :], empty)
 
 
 @kernel
@@ -33,75 +100,59 @@ def decode(
     scale: float,
     sliding_window: int = 0,
     softcap: float = 0.0,
+    plan: DecodePlan | None = None,
 ) -> Tensor:
     """Attend one new token of each sequence to its paged keys and values.
 
     q [B, Hq, D]; k_cache, v_cache [N, block_size, Hkv, D]; block_tables [B, M] int32 (entries past a sequence's context
     may be anything); context_lens [B] int32, in tokens, the new one included, 0 for a padding row, whose output is
     zeros. sliding_window w > 0: only the last w tokens count; softcap c > 0: scores become c * tanh(score / c).
+    plan: plan_decode's of the same tables, lengths and window, to share between layers; made here when None.
     Returns [B, Hq, D] in q's dtype. Raises ValueError when Hq is not a multiple of Hkv.
     """
     _check_heads(q, k_cache)
+    if plan is None:
+        plan = plan_decode.definition(k_cache, block_tables, context_lens, sliding_window=sliding_window)
+    if len(plan.chunks) == 1:
+        return _decode_chunk(q, k_cache, v_cache, plan.chunks[0], scale, softcap)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    block_bytes = 2 * k_cache[0].numel() * k_cache.element_size()
-    lens = context_lens.to(torch.int64)
-    order = torch.argsort(lens, descending=True)
-    sorted_lens: list[int] = lens[order].tolist()
-    start = 0
-    while start < len(sorted_lens):
-        num_blocks = -(-max(sorted_lens[start], 1) // k_cache.shape[1])
-        end = start + max(1, GATHER_BYTES // (num_blocks * block_bytes))
-        # A chunk ends early where the sequences have become half as long as its first: padding stays below one half.
-        while end > start + 16 and sorted_lens[min(end, len(sorted_lens)) - 1] * 2 < sorted_lens[start]:
-            end = start + max(16, (min(end, len(sorted_lens)) - start) // 2)
-        rows = order[start:end]
-        out[rows] = _decode_padded(
-            q[rows], k_cache, v_cache, block_tables[rows, :num_blocks], lens[rows], scale, sliding_window, softcap
-        )
-        start = end
+    for chunk in plan.chunks:
+        out[chunk.rows] = _decode_chunk(q[chunk.rows], k_cache, v_cache, chunk, scale, softcap)
     return out
 
 
-def _decode_padded(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tables: Tensor,
-    lens: Tensor,
-    scale: float,
-    sliding_window: int,
-    softcap: float,
+def _decode_chunk(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: DecodeChunk, scale: float, softcap: float
 ) -> Tensor:
-    """Decode sequences of about one length: gather every block of `tables` [B, m], mask what is past the context."""
-    num_seqs, num_blocks = tables.shape
-    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
-    length = num_blocks * block_size
-    index = torch.arange(length, device=q.device)
-    seen = index < lens[:, None]
-    if sliding_window > 0:
-        seen &= index >= lens[:, None] - sliding_window
-    in_use = torch.arange(num_blocks, device=q.device) * block_size < lens[:, None]
-    flat = torch.where(in_use, tables, 0).flatten()
-    k = k_cache.index_select(0, flat).view(num_seqs, length, num_kv_heads, head_dim).transpose(1, 2)
-    v = v_cache.index_select(0, flat).view(num_seqs, length, num_kv_heads, head_dim).transpose(1, 2)
+    """Decode one chunk's sequences: gather all their blocks, mask what is past the context."""
+    num_seqs, num_heads, head_dim = q.shape
+    shape = (num_seqs, chunk.seen.shape[-1], k_cache.shape[2], head_dim)
+    k = _gather_blocks(k_cache, chunk.blocks).view(shape).transpose(1, 2)
+    v = _gather_blocks(v_cache, chunk.blocks).view(shape).transpose(1, 2)
     # The queries of a group are the rows of one product with their shared head.
-    grouped = q.view(num_seqs, num_kv_heads, -1, head_dim)
-    out = _attend(grouped, k, v, seen[:, None, None, :], scale, softcap)
-    out = out.reshape(q.shape)
-    if int(lens.min()) == 0:
-        out = out.masked_fill((lens == 0)[:, None, None], 0)
-    return out
+    grouped = q.reshape(num_seqs, k_cache.shape[2], -1, head_dim)
+    out = _attend(grouped, k, v, chunk.seen, scale, softcap).reshape(num_seqs, num_heads, head_dim)
+    return out if chunk.empty is None else out.masked_fill(chunk.empty, 0)
+
+
+def _gather_blocks(cache: Tensor, blocks: Tensor) -> Tensor:
+    """The given blocks of a cache, copied side by side: [n, block_size * Hkv * D] (rows of bytes copy fastest)."""
+    if cache.is_contiguous():
+        return cache.view(cache.shape[0], -1).index_select(0, blocks)
+    return cache.index_select(0, blocks)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """softmax(q kᵀ · scale, soft-capped, masked by `seen`) v over [B, H, L, D] tensors."""
+    """softmax(q kᵀ · scale, soft-capped, plus `seen`) v over [B, H, L, D] tensors; seen is 0 or -inf."""
     k, v = k.to(q.dtype), v.to(q.dtype)
     if softcap <= 0:
+        if seen is not None and q.device.type != "cpu":
+            seen = seen.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
     scores = softcap * torch.tanh(scores / softcap)
     if seen is not None:
-        scores = scores.masked_fill(~seen, float("-inf"))
+        scores = scores + seen
     return torch.matmul(scores.softmax(-1).to(q.dtype), v)
 
 
@@ -170,8 +221,8 @@ def _prefill_one(
     num_new, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     blocks = table[: -(-context_len // block_size)]
-    k = k_cache.index_select(0, blocks).view(-1, num_kv_heads, head_dim)[:context_len]
-    v = v_cache.index_select(0, blocks).view(-1, num_kv_heads, head_dim)[:context_len]
+    k = _gather_blocks(k_cache, blocks).view(-1, num_kv_heads, head_dim)[:context_len]
+    v = _gather_blocks(v_cache, blocks).view(-1, num_kv_heads, head_dim)[:context_len]
     group = num_heads // num_kv_heads
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -184,5 +235,6 @@ def _prefill_one(
         seen = index <= position
         if sliding_window > 0:
             seen &= index > position - sliding_window
-        out = _attend(queries, keys, values, seen, scale, softcap)
+        bias = torch.zeros(seen.shape, device=q.device).masked_fill_(~seen, float("-inf"))
+        out = _attend(queries, keys, values, bias, scale, softcap)
     return out[0].transpose(0, 1)
