@@ -39,6 +39,10 @@ class ConfigError(MantaError, ValueError):
         return ConfigError(f"{prefix}{self.key}", self.got, self.allowed)
 
 
+class PackageConflict(MantaError, ImportError):
+    """An installed package that cannot live beside Manta; the message names it and what to do."""
+
+
 class ModelLoadError(MantaError):
     """A model folder that cannot be loaded: missing, left-over or mis-shaped weights, by name."""
 
