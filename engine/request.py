@@ -93,3 +93,5 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     """Prompt tokens found in the prefix cache; told with the first token."""
     error: str | None = None
     """What went wrong, for finish_reason "error"."""
+    error_detail: dict[str, str | int | float | None] | None = None
+    """Beside `error`: the error's class name under "class" and its own fields; see cluster.messages.error_of."""
