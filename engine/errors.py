@@ -94,6 +94,13 @@ class EngineUnavailable(MantaError):
         super().__init__(message)
 
 
+class DeadlineExceeded(MantaError):
+    """A request that was not finished in the time it had; what it had drawn is dropped."""
+
+    http_status = 504
+    kind = "timeout_error"
+
+
 class RequestFailed(MantaError):
     """An accepted request that could not be finished; the message says why."""
 
