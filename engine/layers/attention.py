@@ -1,0 +1,136 @@
+"""Self-attention over the paged KV cache, heads split over the ranks; and what it must know of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+from engine.layers.norm import RMSNorm
+from engine.layers.place import NamedWeights, Place, under
+from engine.model_config import ModelConfig
+from kernels import paged_attention
+from kernels.kv_cache import rotary_and_write_kv
+
+
+@dataclass
+class Runs:
+    """B sequences of a step and their places in the cache: all decodes, or all prefill chunks."""
+
+    block_tables: Tensor
+    """[B, M] int32."""
+    context_lens: Tensor
+    """[B] int32, this step's tokens included."""
+    cu_seqlens: Tensor | None = None
+    """[B + 1] int32, prefill chunks: where each one's tokens start among theirs."""
+    max_seqlen: int = 1
+
+
+@dataclass
+class StepInput:
+    """The T tokens of one step, flattened: first the decodes, one token each, then the prefill chunks."""
+
+    token_ids: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64."""
+    slots: Tensor
+    """[T] int64: block * block_size + offset of each token's own key and value."""
+    num_decodes: int
+    decodes: Runs | None
+    prefills: Runs | None
+    caches: list[tuple[Tensor, Tensor]]
+    """Of each layer: keys, values, [num_blocks, block_size, kv heads of this rank, head_dim]."""
+    cos_sin: Tensor
+
+
+class Attention:
+    """[T, hidden_size] -> [T, hidden_size]; writes the keys and values of the step's tokens into the cache.
+
+    With `qk_norm` every query and key head is RMS-normalised before it is rotated (Qwen3).
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        model: ModelConfig,
+        layer: int,
+        *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
+        self.layer, self.head_dim = layer, model.head_dim
+        self.num_heads = model.num_attention_heads // place.size
+        self.num_kv_heads = model.num_key_value_heads // place.size
+        self.scale = model.head_dim**-0.5
+        self.sliding_window = model.sliding_windows[layer]
+        self.eps = model.rms_norm_eps
+        q_size, kv_size = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv = ColumnParallelLinear(place, model.hidden_size, parts, bias=qkv_bias)
+        self.out = RowParallelLinear(place, q_size, model.hidden_size, "o_proj", bias=out_bias)
+        self.q_norm = RMSNorm(place, model.head_dim, model.rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(place, model.head_dim, model.rms_norm_eps) if qk_norm else None
+
+    def __call__(self, x: Tensor, step: StepInput) -> Tensor:
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, self.head_dim)
+        q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+        k_cache, v_cache = step.caches[self.layer]
+        q = rotary_and_write_kv(
+            q,
+            k,
+            v,
+            step.cos_sin,
+            step.positions,
+            k_cache,
+            v_cache,
+            step.slots,
+            q_norm=self.q_norm.weight if self.q_norm else None,
+            k_norm=self.k_norm.weight if self.k_norm else None,
+            eps=self.eps,
+        )
+        return self.out(self._attend(q, k_cache, v_cache, step).view(-1, heads * self.head_dim))
+
+    def _attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInput) -> Tensor:
+        """Decodes by the decode kernel, chunks by the prefill kernel; q [T, Hq, D] -> [T, Hq, D]."""
+        outputs: list[Tensor] = []
+        if step.decodes is not None:
+            runs = step.decodes
+            outputs.append(
+                paged_attention.decode(
+                    q[: step.num_decodes],
+                    k_cache,
+                    v_cache,
+                    runs.block_tables,
+                    runs.context_lens,
+                    scale=self.scale,
+                    sliding_window=self.sliding_window,
+                )
+            )
+        if step.prefills is not None:
+            runs = step.prefills
+            outputs.append(
+                paged_attention.prefill(
+                    q[step.num_decodes :],
+                    k_cache,
+                    v_cache,
+                    runs.block_tables,
+                    runs.context_lens,
+                    runs.cu_seqlens,
+                    runs.max_seqlen,
+                    scale=self.scale,
+                    sliding_window=self.sliding_window,
+                )
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def weights(self) -> NamedWeights:
+        yield from self.qkv.weights()
+        yield from self.out.weights()
+        if self.q_norm and self.k_norm:
+            yield from under("q_norm", self.q_norm.weights())
+            yield from under("k_norm", self.k_norm.weights())

@@ -1,0 +1,67 @@
+"""Sampler: logits of the rows that draw, to tokens and the log-probabilities asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.step import PromptLogprobs, SampledLogprobs, pack
+from engine.worker.batch import Batch, Int64Array
+from engine.worker.sampling_state import Rows, SamplingState
+from kernels.sampling import count_tokens, gather_logprobs, sample
+
+
+class Sampler:
+    """Draws one token a row, by the parameters of the row's sequence."""
+
+    def __init__(self, batch: Batch, state: SamplingState) -> None:
+        self._batch, self._state = batch, state
+
+    def sample(self, logits: Tensor, slots: Int64Array) -> tuple[Tensor, Rows]:
+        """Token ids [R] int64 drawn from logits [R, vocab], a row for each of `slots`, and the rows' description.
+
+        Each draw depends on its row's logits, parameters, seed and position alone. Penalties count the drawn tokens.
+        """
+        rows = self._state.rows(slots)
+        if rows.flags == 0:
+            return torch.argmax(logits, dim=-1), rows
+        positions = torch.from_numpy(self._batch.num_tokens[slots]).to(logits.device)
+        tensors = dataclasses.replace(rows.tensors, positions=positions, bias=self._state.bias(rows, positions))
+        token_ids: Tensor = sample(logits, tensors)
+        if tensors.penalties is not None:
+            count_tokens(token_ids, tensors.penalties.rows, tensors.penalties.output_counts)
+        return token_ids, rows
+
+
+def sampled_logprobs(logits: Tensor, token_ids: Tensor, rows: Rows) -> list[SampledLogprobs]:
+    """Log-probabilities of the drawn tokens, for the rows that want them, from the raw logits [R, vocab]."""
+    if not len(rows.logprob_rows):
+        return []
+    index = torch.from_numpy(rows.logprob_rows).to(logits.device)
+    chosen, ranks, top_ids, top = _gather(logits[index], token_ids[index], max(rows.logprob_counts))
+    return [
+        SampledLogprobs(row, float(chosen[i]), int(ranks[i]), pack(top_ids[i, :count]), top[i, :count].tobytes())
+        for i, (row, count) in enumerate(zip(rows.logprob_rows.tolist(), rows.logprob_counts, strict=True))
+    ]
+
+
+def prompt_logprobs(logits: Tensor, token_ids: Tensor, seq_id: int, start: int, count: int) -> PromptLogprobs:
+    """Log-probabilities of the prompt tokens from `start` on, token_ids [n], each from its row of logits [n, vocab]."""
+    chosen, ranks, top_ids, top = _gather(logits, token_ids, count)
+    return PromptLogprobs(
+        seq_id, start, chosen.tobytes(), pack(ranks), pack(np.ascontiguousarray(top_ids)), top.tobytes()
+    )
+
+
+def _gather(logits: Tensor, token_ids: Tensor, count: int) -> tuple[np.ndarray, ...]:  # type: ignore[type-arg]
+    """gather_logprobs on the host: float32, int32, int32 and float32 arrays."""
+    chosen, ranks, top_ids, top = gather_logprobs(logits, token_ids, count)
+    return (
+        chosen.cpu().numpy(),
+        ranks.to(torch.int32).cpu().numpy(),
+        top_ids.to(torch.int32).cpu().numpy(),
+        top.cpu().numpy(),
+    )

@@ -1,0 +1,108 @@
+"""Worker: one rank. Loads its share of the model, sizes its cache, runs plans."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ExecutorDied
+from engine.executor import CacheCapacity
+from engine.layers.place import Place
+from engine.model_config import ModelConfig
+from engine.models.base import Model
+from engine.models.registry import find_model
+from engine.models.weights import fill_dummy, load_weights
+from engine.parallel.communicator import Communicator
+from engine.step import StepPlan, StepResult
+from engine.worker.backend import make_backend
+from engine.worker.kv_cache import KvCache, plan_capacity
+from engine.worker.model_runner import ModelRunner
+
+
+class PendingStep(Protocol):
+    """A step under way."""
+
+    @property
+    def done(self) -> bool:
+        """Whether wait() returns at once."""
+        ...
+
+    def wait(self) -> StepResult | None:
+        """Block until the step is done: its result on rank 0, None on the others."""
+        ...
+
+
+class DoneStep:
+    """A step that was over when submit returned."""
+
+    done = True
+
+    def __init__(self, result: StepResult | None) -> None:
+        self._result = result
+
+    def wait(self) -> StepResult | None:
+        return self._result
+
+
+class Worker:
+    """One rank of an engine. Call load, measure, allocate, then submit; one thread at a time."""
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, rank: int, communicator: Communicator) -> None:
+        assert communicator.rank == rank and communicator.size == config.tensor_parallel_size
+        self.rank = rank
+        self._config, self._model_config, self._communicator = config, model_config, communicator
+        self._backend = make_backend(config, rank)
+        self._model: Model | None = None
+        self._runner: ModelRunner | None = None
+        self._epoch = 0
+        self._next_step = 0
+
+    def load(self, *, progress: bool = False) -> None:
+        """Make this rank's share of the model and fill it. Raises ModelLoadError or ConfigError."""
+        config, model_config = self._config, self._model_config
+        place = Place(self._backend.device, self._backend.dtype, self._communicator)
+        self._model = find_model(model_config.architecture).load_class()(place, model_config)
+        with torch.inference_mode():
+            if config.load_format == "dummy":
+                fill_dummy(self._model.weights(), config.seed + self.rank)
+            else:
+                tied = model_config.tie_word_embeddings
+                load_weights(self._model.weights(), model_config.folder, tied=tied, progress=progress)
+
+    def measure(self) -> CacheCapacity:
+        """How many KV blocks this rank can hold. Raises ConfigError when one long sequence would not fit."""
+        assert self._model is not None, "load first"
+        return plan_capacity(self._config, self._model_config, self._backend.dtype, self._backend.kv_cache_bytes())
+
+    def allocate(self, capacity: CacheCapacity) -> None:
+        """Make the KV cache: the least that any rank measured."""
+        assert self._model is not None, "load first"
+        backend, size = self._backend, self._communicator.size
+        cache = KvCache(capacity, self._model_config, size, backend.dtype, backend.device)
+        self._runner = ModelRunner(self._config, self._model_config, self._model, cache, backend.device)
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """Run a plan after those before it. Raises ExecutorDied for one of another epoch or out of order."""
+        assert self._runner is not None, "allocate first"
+        if (plan.epoch, plan.step) != (self._epoch, self._next_step):
+            raise ExecutorDied(
+                f"rank {self.rank} awaits step {self._next_step} of epoch {self._epoch}, "
+                f"not step {plan.step} of epoch {plan.epoch}",
+                ranks=(self.rank,),
+            )
+        self._next_step += 1
+        result = self._runner.run(plan)
+        return DoneStep(result if self.rank == 0 else None)
+
+    def reset(self, epoch: int) -> None:
+        """Forget every sequence and begin an epoch; the weights and the cache's memory stay."""
+        self._epoch, self._next_step = epoch, 0
+        if self._runner is not None:
+            self._runner.clear()
+
+    def close(self) -> None:
+        """Leave the group and let go of the memory. Idempotent."""
+        self._runner = self._model = None
+        self._communicator.close()
