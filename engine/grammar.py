@@ -27,7 +27,10 @@ _JSON_OPTIONS = {"whitespace_pattern": r"[ \t\n\r]{0,16}"}
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """What an output must match. `text` is the schema (JSON), the regex, the choices (a JSON list), or a grammar (Lark's or GBNF)."""
+    """What an output must match.
+
+    `text` is the schema (JSON), the regex, the choices (a JSON list), or a grammar in Lark's or GBNF's notation.
+    """
 
     kind: GrammarKind
     text: str = ""

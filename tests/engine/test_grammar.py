@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -25,7 +26,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
-    config = json.load(open(f"{FOLDER}/config.json"))
+    config = json.loads(Path(f"{FOLDER}/config.json").read_text())
     return GrammarCompiler.load(FOLDER, config["vocab_size"], (config["eos_token_id"],))
 
 
