@@ -8,11 +8,14 @@ h // (Hq / Hkv). Source: PagedAttention, Kwon et al. 2023, section 4.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import paged_decode, paged_prefill
+from kernels.paged_decode import DecodeWork
 from kernels.registry import kernel
 
 # Decode gathers keys and values into padded tensors, of as many sequences at a time as fit in this: one that stays in
@@ -39,7 +42,8 @@ class DecodeChunk:
 class DecodePlan:
     """How one step's decode attention is cut up. Made once a step, used by every layer with the same sliding window."""
 
-    chunks: list[DecodeChunk]
+    chunks: list[DecodeChunk]  # for the torch definition
+    work: DecodeWork | None = None  # for the Triton kernel
 
 
 @kernel
@@ -111,7 +115,7 @@ def decode(
     Returns [B, Hq, D] in q's dtype. Raises ValueError when Hq is not a multiple of Hkv.
     """
     _check_heads(q, k_cache)
-    if plan is None:
+    if plan is None or not plan.chunks:
         plan = plan_decode.definition(k_cache, block_tables, context_lens, sliding_window=sliding_window)
     if len(plan.chunks) == 1:
         return _decode_chunk(q, k_cache, v_cache, plan.chunks[0], scale, softcap)
@@ -154,6 +158,41 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, 
     if seen is not None:
         scores = scores + seen
     return torch.matmul(scores.softmax(-1).to(q.dtype), v)
+
+
+@plan_decode.triton()
+def _plan_decode_triton(
+    k_cache: Tensor,
+    block_tables: Tensor,  # noqa: ARG001
+    context_lens: Tensor,
+    *,
+    sliding_window: int = 0,
+) -> DecodePlan:
+    return DecodePlan([], paged_decode.make_work(k_cache, context_lens, sliding_window))
+
+
+def _why_not_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object, **__: object) -> str | None:
+    return paged_decode.why_not_decode(q, k_cache, v_cache)
+
+
+@decode.triton(supports=_why_not_decode)
+def _decode_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    plan: DecodePlan | None = None,
+) -> Tensor:
+    _check_heads(q, k_cache)
+    work = plan.work if plan is not None else None
+    if work is None:
+        work = paged_decode.make_work(k_cache, context_lens, sliding_window)
+    return paged_decode.decode(q, k_cache, v_cache, block_tables, context_lens, scale=scale, softcap=softcap, work=work)
 
 
 @kernel
@@ -238,3 +277,9 @@ def _prefill_one(
         bias = torch.zeros(seen.shape, device=q.device).masked_fill_(~seen, float("-inf"))
         out = _attend(queries, keys, values, bias, scale, softcap)
     return out[0].transpose(0, 1)
+
+
+@prefill.triton(supports=_why_not_decode)
+def _prefill_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    _check_heads(q, k_cache)
+    return paged_prefill.prefill(q, k_cache, v_cache, *args, **kwargs)
