@@ -1,0 +1,279 @@
+"""EngineLoop: one thread that takes requests, keeps steps in flight and hands out what they bring."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+from engine.llm_engine import LLMEngine
+
+from cluster.messages import Abort, DriverHealth, State, Submit, error_outputs
+from cluster.recovery import RecoveryBudget, RecoveryPolicy
+from engine.errors import EngineUnavailable, ExecutorDied, MantaError, RequestError
+from engine.executor import Executor
+from engine.request import SequenceOutput
+from engine.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+CHECK_EVERY_S = 0.25
+HEARTBEAT_LIMIT_S = 30.0
+
+Client = Hashable
+
+
+class ClientGone(msgspec.Struct):
+    """A client left: everything it has running is aborted."""
+
+
+class Call(msgspec.Struct):
+    """Run a function on the loop's thread, between two steps."""
+
+    function: Callable[[], None]
+
+
+Message = Submit | Abort | ClientGone | Call
+
+
+class _Live(msgspec.Struct):
+    """Who waits for a request, and for which of its samples."""
+
+    client: Any
+    unfinished: set[int]
+
+
+class EngineLoop:
+    """Drives an LLMEngine from its own thread.
+
+    Messages are taken between steps. `emit(client, outputs)` is called at most once a step for each client, on this
+    thread, and must not block. A rank's failure is answered by `engine.recover()`, within the policy's limits; past
+    them every request fails, and new ones are refused, with EngineUnavailable.
+    """
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        executor: Executor,
+        emit: Callable[[Any, list[SequenceOutput]], None],
+        *,
+        policy: RecoveryPolicy | None = None,
+    ) -> None:
+        self._engine, self._executor, self._emit = engine, executor, emit
+        self._budget = RecoveryBudget(policy or RecoveryPolicy())
+        self._inbox: deque[tuple[Any, Message]] = deque()
+        self._wake = threading.Condition()
+        self._awake = False
+        self._live: dict[str, _Live] = {}
+        self._state: State = "ready"
+        self._reason = ""
+        self._stopping = False
+        self._idle = True
+        self._beat_s = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="manta-loop", daemon=True)
+
+    # Called from any thread.
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, client: Client, message: Message) -> None:
+        """Queue a message of `client` for the loop."""
+        self._inbox.append((client, message))
+        self.wake()
+
+    def wake(self) -> None:
+        """Let an idle loop look around: a message came, or a rank died."""
+        with self._wake:
+            self._awake = True
+            self._wake.notify()
+
+    def health(self) -> DriverHealth:
+        """The truth as far as it is known without asking the loop."""
+        age_s = time.monotonic() - self._beat_s
+        state, reason = self._state, self._reason
+        if state == "ready" and age_s > HEARTBEAT_LIMIT_S:
+            state, reason = "failed", f"the engine's loop has not moved for {age_s:.0f} s"
+        return DriverHealth(
+            state=state, reason=reason, idle=self._idle, progress_age_s=age_s, recoveries=self._budget.total
+        )
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the loop after the step it waits for; every unfinished request fails with EngineUnavailable."""
+        self._stopping = True
+        self.wake()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    # The loop's own thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                try:
+                    self._beat_s = time.monotonic()
+                    self._take_messages()
+                    if self._state == "failed" or not self._advance():
+                        self._wait_idle()
+                except ExecutorDied as error:
+                    self._recover(error)
+            self._fail_all(EngineUnavailable("the engine is stopping"))
+            self._state = "stopped"
+        except Exception as error:
+            logger.exception("the engine's loop failed")
+            self._give_up(f"the engine's loop failed: {type(error).__name__}: {error}")
+            self._refuse_until_stopped()
+
+    def _advance(self) -> bool:
+        """Submit what can be, read the oldest step and emit what it brought. False when there was nothing to do."""
+        while self._engine.begin_step():
+            pass
+        future = self._engine.next_future()
+        if future is None:
+            return False
+        self._idle = False
+        self._await(future)
+        self._hand_out(self._engine.finish_step(CHECK_EVERY_S))
+        return True
+
+    def _await(self, future: Future[StepResult]) -> None:
+        while not self._stopping:
+            try:
+                future.result(CHECK_EVERY_S)
+                return
+            except TimeoutError:
+                self._beat_s = time.monotonic()
+                self._executor.check()
+
+    def _wait_idle(self) -> None:
+        self._idle = True
+        with self._wake:
+            while not self._awake and not self._stopping:
+                self._beat_s = time.monotonic()
+                self._wake.wait(1.0)
+                if self._live and self._state == "ready":
+                    break  # the engine could start nothing though requests wait: try again
+            self._awake = False
+        if self._state == "ready":
+            self._executor.check()
+
+    def _take_messages(self) -> None:
+        while self._inbox:
+            client, message = self._inbox.popleft()
+            if isinstance(message, Submit):
+                self._submit(client, message)
+            elif isinstance(message, Abort):
+                live = self._live.get(message.request_id)
+                if live is not None and live.client is client:
+                    self._abort(message.request_id, message.index, live)
+            elif isinstance(message, ClientGone):
+                for request_id, live in list(self._live.items()):
+                    if live.client is client:
+                        self._abort(request_id, None, live)
+            else:
+                message.function()
+
+    def _submit(self, client: Client, message: Submit) -> None:
+        request = message.request
+        num_samples = request.params.num_sequences
+        try:
+            if self._state == "failed":
+                raise EngineUnavailable(self._reason)
+            if request.request_id in self._live:
+                raise RequestError(f"request id {request.request_id!r} is already running", param="request_id")
+            self._engine.add_request(request)
+        except MantaError as error:
+            logger.info("request %s refused: %s", request.request_id, error)
+            self._emit(client, error_outputs(request.request_id, num_samples, error))
+            return
+        logger.info(
+            "request %s accepted: %d prompt tokens, %d samples",
+            request.request_id,
+            request.num_prompt_tokens,
+            num_samples,
+        )
+        self._live[request.request_id] = _Live(client, set(range(num_samples)))
+
+    def _abort(self, request_id: str, index: int | None, live: _Live) -> None:
+        if index is not None and index not in live.unfinished:
+            return
+        self._engine.abort(request_id, index)
+        live.unfinished.discard(index if index is not None else -1)
+        if index is None or not live.unfinished:
+            del self._live[request_id]
+            logger.info("request %s aborted", request_id)
+
+    def _hand_out(self, outputs: list[SequenceOutput]) -> None:
+        by_client: dict[Any, list[SequenceOutput]] = {}
+        for output in outputs:
+            live = self._live.get(output.request_id)
+            if live is None or output.index not in live.unfinished:
+                continue
+            by_client.setdefault(live.client, []).append(output)
+            if output.finish_reason is not None:
+                live.unfinished.discard(output.index)
+                if not live.unfinished:
+                    del self._live[output.request_id]
+                    logger.info("request %s finished: %s", output.request_id, output.finish_reason)
+        for client, mine in by_client.items():
+            self._emit(client, mine)
+
+    def _recover(self, error: ExecutorDied) -> None:
+        policy = self._budget.policy
+        self._state, self._reason = "recovering", str(error)
+        logger.error("the executor failed: %s; %d requests will be resumed", error, len(self._live))
+        if not self._budget.spend():
+            self._give_up(f"{self._budget.total} failures in {policy.window_s:g} s; the last: {error}")
+            return
+        began_s = time.monotonic()
+        last: Exception = error
+        for attempt in range(policy.max_attempts):
+            if attempt and self._pause(policy.backoff_s * 2 ** (attempt - 1)):
+                return
+            try:
+                self._engine.recover()
+            except Exception as failure:
+                last = failure
+                logger.error("recovery attempt %d of %d failed: %s", attempt + 1, policy.max_attempts, failure)
+                continue
+            self._state, self._reason = "ready", ""
+            logger.warning("recovered in %.2f s", time.monotonic() - began_s)
+            return
+        self._give_up(f"the engine could not be brought back in {policy.max_attempts} attempts: {last}")
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; True when the loop should end instead."""
+        until_s = time.monotonic() + seconds
+        with self._wake:
+            while not self._stopping and (left_s := until_s - time.monotonic()) > 0:
+                self._wake.wait(left_s)
+        return self._stopping
+
+    def _give_up(self, reason: str) -> None:
+        self._state, self._reason = "failed", reason
+        logger.error("giving up: %s", reason)
+        self._fail_all(EngineUnavailable(reason))
+
+    def _fail_all(self, error: MantaError) -> None:
+        by_client: dict[Any, list[SequenceOutput]] = {}
+        for request_id, live in self._live.items():
+            outputs = error_outputs(request_id, 1 + max(live.unfinished, default=0), error)
+            by_client.setdefault(live.client, []).extend(o for o in outputs if o.index in live.unfinished)
+        for request_id in list(self._live):
+            try:
+                self._engine.abort(request_id)
+            except Exception:
+                logger.exception("request %s could not be aborted", request_id)
+        self._live.clear()
+        for client, outputs in by_client.items():
+            self._emit(client, outputs)
+
+    def _refuse_until_stopped(self) -> None:
+        while not self._stopping:
+            self._take_messages()
+            self._wait_idle()

@@ -1,0 +1,149 @@
+"""RankLoop: runs the step plans that come over a link on one Worker, and answers them in order."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from cluster.step_channel import RankFault, RankLink
+from engine.step import StepPlan, StepResult, decode_plan, encode, unpack
+
+logger = logging.getLogger(__name__)
+
+RESULT = b"R"
+FAULT = b"F"
+
+
+class PendingStep(Protocol):
+    @property
+    def done(self) -> bool:
+        """Whether wait() returns at once."""
+        ...
+
+    def wait(self) -> StepResult | None:
+        """Block until the step is done; its result on rank 0, None on the others."""
+        ...
+
+
+class StepWorker(Protocol):
+    """What the loop needs of engine.worker.Worker."""
+
+    def submit(self, plan: StepPlan) -> PendingStep: ...
+
+    def reset(self, epoch: int) -> None: ...
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a rank is."""
+
+    submitted: int
+    """Steps handed to the device."""
+    done: int
+    busy_s: float
+    """How long the oldest step that is not done has been running; 0 when there is none."""
+
+
+class RankLoop:
+    """One rank's loop. Two threads: one hands plans to the device, one waits for them and answers, in order.
+
+    So the next plan is on the device before this one's result has been read. The first plan of a link opens an epoch:
+    the worker forgets everything before it.
+    """
+
+    def __init__(
+        self, worker: StepWorker, link: RankLink, rank: int, *, bind: Callable[[], None] | None = None
+    ) -> None:
+        self._worker, self._link, self._rank = worker, link, rank
+        self._bind = bind or (lambda: None)
+        self._running: queue.SimpleQueue[tuple[int, PendingStep] | None] = queue.SimpleQueue()
+        self._submitted = 0
+        self._done = 0
+        self._since_s = 0.0
+        self._faulty = threading.Event()
+
+    @property
+    def progress(self) -> Progress:
+        busy = self._submitted > self._done
+        return Progress(self._submitted, self._done, time.monotonic() - self._since_s if busy else 0.0)
+
+    def run(self) -> str:
+        """Run until the link ends; says why it ended. Bind the device to this thread first."""
+        answerer = threading.Thread(target=self._answer, name="manta-answers", daemon=True)
+        answerer.start()
+        reason = "the link was closed"
+        epoch, step = None, 0
+        try:
+            while not self._faulty.is_set() and (payload := self._link.receive()) is not None:
+                plan = decode_plan(payload)
+                if epoch is None:
+                    self._worker.reset(plan.epoch)
+                    epoch, step = plan.epoch, plan.step
+                assert (plan.epoch, plan.step) == (epoch, step), f"plan {plan.epoch}:{plan.step} at {epoch}:{step}"
+                step += 1
+                if self._submitted == self._done:
+                    self._since_s = time.monotonic()
+                self._submitted += 1
+                self._log(plan)
+                pending = self._worker.submit(plan)
+                if pending.done and self._submitted == self._done + 1:
+                    self._finish(pending)  # no device to wait for: spare the other thread
+                else:
+                    self._running.put((plan.step, pending))
+        except OSError as error:
+            reason = f"the driver is gone: {error}"
+        except Exception as error:
+            reason = self._fail(step - 1, error)
+        self._running.put(None)
+        if not self._faulty.is_set():
+            answerer.join()
+        return reason
+
+    def _answer(self) -> None:
+        self._bind()
+        while (item := self._running.get()) is not None:
+            step, pending = item
+            try:
+                self._finish(pending)
+            except OSError:
+                return  # the driver is gone; the receiving thread sees it too
+            except Exception as error:
+                self._fail(step, error)
+                return
+
+    def _finish(self, pending: PendingStep) -> None:
+        result = pending.wait()
+        self._done += 1
+        self._since_s = time.monotonic()
+        if result is not None:
+            self._link.send(RESULT + encode(result))
+
+    def _fail(self, step: int, error: Exception) -> str:
+        self._faulty.set()
+        text = f"{type(error).__name__}: {error}"
+        logger.exception("rank %d: step %d failed: %s", self._rank, step, text)
+        trace = "".join(traceback.format_exception(error))
+        try:
+            self._link.send(FAULT + msgspec.msgpack.encode(RankFault(step, text, trace)))
+        except OSError:
+            logger.warning("rank %d: nobody to tell of it", self._rank)
+        return text
+
+    def _log(self, plan: StepPlan) -> None:
+        if not logger.isEnabledFor(logging.DEBUG):
+            return
+        for sequence in plan.new:
+            logger.debug("rank %d: request %s is sequence %d", self._rank, sequence.request_id, sequence.seq_id)
+        for seq_id in unpack(plan.dropped).tolist():
+            logger.debug("rank %d: sequence %d dropped", self._rank, seq_id)
+
+
+def decode_fault(payload: bytes) -> RankFault:
+    fault: RankFault = msgspec.msgpack.decode(payload, type=RankFault)
+    return fault
