@@ -17,9 +17,10 @@ _MAX_BYTES_OF_A_CHARACTER = 4
 class IncrementalDetokenizer:
     """Turns one growing token sequence into text, never half a character, in O(1) amortised a token.
 
-    The texts of all `push` calls and of `finish`, joined, are what decoding the sequence at once gives. The tokens of
-    `prompt_token_ids` came before: a word after them keeps its leading space, a character they began is completed.
-    Special tokens give no text with `skip_special_tokens`; ids outside the vocabulary never do.
+    The texts of all `push` calls and of `finish`, joined, are what decoding the sequence at once gives; bytes that are
+    no UTF-8 become U+FFFD, one for each maximal piece. The tokens of `prompt_token_ids` came before: a word after them
+    keeps its leading space, a character they began is completed. Special tokens give no text with
+    `skip_special_tokens`; ids outside the vocabulary never do.
     """
 
     __slots__ = ("_decoder",)
@@ -27,7 +28,7 @@ class IncrementalDetokenizer:
     def __init__(
         self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()
     ) -> None:
-        make = _ByteDecoder if tokenizer.byte_level else _WindowDecoder
+        make = _WindowDecoder if tokenizer.spelling is None else _ByteDecoder
         self._decoder: _ByteDecoder | _WindowDecoder = make(tokenizer, skip_special_tokens)
         if prompt_token_ids:
             self._decoder.prime(prompt_token_ids[-PRIMING_TOKENS:])
@@ -42,14 +43,16 @@ class IncrementalDetokenizer:
 
 
 class _ByteDecoder:
-    """For byte-level vocabularies: each token is some bytes, and the text is those bytes read as UTF-8."""
+    """Each token is some bytes, and the text is those bytes read as UTF-8."""
 
-    __slots__ = ("_decode", "_skipped", "_table")
+    __slots__ = ("_decode", "_skipped", "_strips", "_table")
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        assert tokenizer.spelling is not None
         self._table = tokenizer.byte_table
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._strips = tokenizer.spelling.strips_first_space
 
     def prime(self, token_ids: Sequence[int]) -> None:
         self.push(token_ids)
@@ -57,14 +60,18 @@ class _ByteDecoder:
     def push(self, token_ids: Sequence[int]) -> str:
         table, skipped = self._table, self._skipped
         end = len(table)
-        return self._decode(b"".join([table[i] for i in token_ids if i not in skipped and 0 <= i < end]))
+        text = self._decode(b"".join([table[i] for i in token_ids if i not in skipped and 0 <= i < end]))
+        if self._strips and text:
+            self._strips = False
+            return text.removeprefix(" ")
+        return text
 
     def finish(self) -> str:
         return self._decode(b"", True)
 
 
 class _WindowDecoder:
-    """For any other vocabulary: decode a short window with and without its newest tokens, and emit the difference.
+    """For other vocabularies: decode a short window with and without its newest tokens, and emit the difference.
 
     window[:read] gave text that was emitted; it stays as the context in which window[read:] is decoded.
     """
@@ -103,7 +110,7 @@ class _WindowDecoder:
         text = self._tokenizer.decode_raw(self._window)
         if text.startswith(self._context):
             return text[len(self._context) :]
-        # A malformed byte turned the whole run of bytes before it into U+FFFD; what was emitted stays.
+        # The new token changed how those before it read; what was emitted stays.
         return self._tokenizer.decode_raw(self._window[self._read :])
 
     def finish(self) -> str:

@@ -69,7 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise _wrong(field, value, "an integer" + (" or null" if optional else ""))
-        for field in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
+        for field in _FLAGS:
             if not isinstance(getattr(self, field), bool):
                 raise _wrong(field, getattr(self, field), "true or false")
         put(self, "stop", _strings("stop", self.stop))
@@ -98,8 +98,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise _wrong("best_of" if self.best_of else "n", self.num_sequences, "1 when temperature is 0 (greedy)")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _wrong("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
-        if any(not s for s in self.stop):
-            raise _wrong("stop", "", "non-empty strings")
+        for field in ("stop", "bad_words"):
+            if "" in getattr(self, field):
+                raise _wrong(field, "", "non-empty strings")
+        if self.stop and not self.detokenize:
+            raise RequestError("stop: strings cannot be found with detokenize false", param="stop")
         if len(self.stop) > MAX_STOP_STRINGS or sum(map(len, self.stop)) > MAX_STOP_CHARS:
             raise RequestError(
                 f"stop: {len(self.stop)} strings of {sum(map(len, self.stop))} characters: at most "
@@ -126,6 +129,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return msgspec.structs.replace(self, **changes)
 
 
+_FLAGS = (
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "detokenize",
+)
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTEGERS = {
     "n": False,

@@ -14,6 +14,7 @@ from engine.detokenizer import IncrementalDetokenizer
 from engine.errors import ConfigError, RequestError
 from engine.imports import transformers
 from engine.sampling_params import SamplingParams
+from engine.spelling import Spelling, find_spelling
 
 __all__ = ["IncrementalDetokenizer", "Tokenizer", "default_sampling", "prepare_params", "prepare_prompt"]
 
@@ -67,33 +68,30 @@ class Tokenizer:
         return frozenset(ids | {i for i, token in added.items() if getattr(token, "special", False)})
 
     @cached_property
-    def byte_level(self) -> bool:
-        """Whether each token stands for some bytes of UTF-8 (GPT-2's scheme), whatever its neighbours are."""
-        if self._backend is None:
-            return False
-        from tokenizers import decoders
-
-        return isinstance(self._backend.decoder, decoders.ByteLevel)
+    def spelling(self) -> Spelling | None:
+        """How tokens spell bytes; None when a token's text depends on its neighbours in other ways."""
+        if self._backend is None or self._backend.decoder is None:
+            return None
+        return find_spelling(json.loads(self._backend.decoder.__getstate__()))
 
     @cached_property
     def byte_table(self) -> list[bytes]:
-        """The bytes of every token id, for a byte-level vocabulary. Specials stand for their own text."""
+        """The bytes of every token id, with a `spelling`. Specials stand for their own text."""
+        assert self.spelling is not None
         table = [b""] * self.vocab_size
         for token, token_id in self.hf.get_vocab().items():
-            table[token_id] = _bytes_of(token)
+            table[token_id] = self.spelling.bytes_of(token)
         return table
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token alone; a piece of a character for some. Empty for an id outside the vocabulary."""
-        if self.byte_level:
-            return self.byte_table[token_id] if 0 <= token_id < len(self.byte_table) else b""
-        token = self.hf.convert_ids_to_tokens(token_id) if 0 <= token_id < self.vocab_size else None
-        if token is None:
+        if not 0 <= token_id < self.vocab_size:
             return b""
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        if "▁" in token:  # sentencepiece's mark of a space
-            return str(token).replace("▁", " ").encode()
+        if self.spelling is not None:
+            return self.byte_table[token_id]
+        token: str | None = self.hf.convert_ids_to_tokens(token_id)
+        if token is not None and "▁" in token:  # sentencepiece's mark of a space, which decoding alone would strip
+            return token.replace("▁", " ").encode()
         return self.decode_raw([token_id]).encode()
 
     def token_text(self, token_id: int) -> str:
@@ -253,20 +251,3 @@ def _model_file(config: EngineConfig, name: str) -> Path | None:
 
 def _optional_id(value: Any) -> int | None:
     return value if isinstance(value, int) else None
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: the printable Latin-1 ones are themselves, the others follow from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
-
-
-def _bytes_of(token: str) -> bytes:
-    try:
-        return bytes([_BYTE_OF[c] for c in token])
-    except KeyError:  # an added token with characters of its own
-        return token.encode()
