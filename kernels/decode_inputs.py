@@ -136,6 +136,4 @@ def _set_blocks_kernel(tables, changes, num_changes, stride_tables, B: tl.conste
 @set_blocks.triton()
 def _set_blocks(tables: Tensor, changes: Tensor) -> None:
     num_changes = changes.shape[1]
-    _set_blocks_kernel[(-(-num_changes // 128),)](
-        tables, changes, num_changes, tables.stride(0), B=128, num_warps=1
-    )
+    _set_blocks_kernel[(-(-num_changes // 128),)](tables, changes, num_changes, tables.stride(0), B=128, num_warps=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from engine.layers.place import NamedWeights, Place, under
 from engine.model_config import ModelConfig
 from kernels import paged_attention
 from kernels.kv_cache import rotary_and_write_kv
+from kernels.paged_attention import DecodePlan
 
 
 @dataclass
@@ -26,6 +27,16 @@ class Runs:
     cu_seqlens: Tensor | None = None
     """[B + 1] int32, prefill chunks: where each one's tokens start among theirs."""
     max_seqlen: int = 1
+    plans: dict[int, DecodePlan] = field(default_factory=dict)
+    """Decodes: by sliding window, how their attention is cut up; the first layer that needs one makes it."""
+
+    def plan(self, k_cache: Tensor, sliding_window: int) -> DecodePlan:
+        """The decode plan of the layers with this sliding window."""
+        if sliding_window not in self.plans:
+            self.plans[sliding_window] = paged_attention.plan_decode(
+                k_cache, self.block_tables, self.context_lens, sliding_window=sliding_window
+            )
+        return self.plans[sliding_window]
 
 
 @dataclass
@@ -109,6 +120,7 @@ class Attention:
                     runs.context_lens,
                     scale=self.scale,
                     sliding_window=self.sliding_window,
+                    plan=runs.plan(k_cache, self.sliding_window),
                 )
             )
         if step.prefills is not None:

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from engine.errors import ExecutorDied
 from engine.step import NewSequence, StepPlan, unpack
+from engine.worker.transfers import Numbers, upload
+from kernels.decode_inputs import set_blocks
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass
@@ -123,8 +126,8 @@ class Batch:
             positions = np.arange(entries.num_tokens) + np.repeat(positions - entries.offsets[:-1], entries.counts)
         blocks = self._host_tables[rows, positions // self.block_size]
         slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
-        where = self._to_device(rows * self.width + positions)
-        return self._flat_tokens[where], self._to_device(positions), self._to_device(slots)
+        where, on_device, cache_slots = self._to_device(np.stack([rows * self.width + positions, positions, slots]))
+        return self._flat_tokens[where], on_device, cache_slots
 
     def tables(self, entries: Entries, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Block tables [n, M] int32 and context lengths [n] int32 of entries [first, last), this step included.
@@ -175,10 +178,10 @@ class Batch:
 
     def _set_blocks(self, slots: Int64Array, columns: Int64Array, blocks: Int32Array) -> None:
         self._host_tables[slots, columns] = blocks
-        if self.device.type != "cpu":
-            index = (self._to_device(slots), self._to_device(columns))
-            self.block_tables[index] = self._to_device(blocks)
+        if self.device.type != "cpu" and len(slots):
+            changes = np.full((3, -(-len(slots) // 16) * 16), -1, np.int32)
+            changes[:, : len(slots)] = slots, columns, blocks
+            set_blocks(self.block_tables, self._to_device(changes))
 
-    def _to_device(self, array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+    def _to_device(self, array: Numbers) -> Tensor:
+        return upload(array, self.device)

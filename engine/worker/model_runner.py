@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from time import perf_counter
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,20 +14,35 @@ from engine.layers.rotary import cos_sin_table
 from engine.model_config import ModelConfig
 from engine.models.base import Model
 from engine.step import PromptLogprobs, StepPlan, StepResult, pack, unpack
-from engine.worker.batch import Batch, Entries
+from engine.worker.batch import Batch, Entries, Int64Array
+from engine.worker.cuda_graphs import DecodeGraphs
 from engine.worker.kv_cache import KvCache
 from engine.worker.sampler import Sampler, prompt_logprobs, sampled_logprobs
 from engine.worker.sampling_state import PROMPT_LOGPROBS, SamplingState
+from engine.worker.transfers import Download, upload
 
 PROMPT_LOGITS_BYTES = 256 << 20
 """Logits of prompt tokens are made for as many rows at a time as fit in this."""
 
+Finish = Callable[[], StepResult]
+
 
 class ModelRunner:
-    """Applies plans to the mirror, computes their tokens and draws. Plans come in order."""
+    """Applies plans to the mirror, computes their tokens and draws. Plans come in order.
+
+    On a GPU everything is queued, nothing waited for. With `graphs`, steps of decodes alone take static buffers, and on
+    a GPU replay a CUDA graph.
+    """
 
     def __init__(
-        self, config: EngineConfig, model_config: ModelConfig, model: Model, cache: KvCache, device: torch.device
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        model: Model,
+        cache: KvCache,
+        device: torch.device,
+        *,
+        graphs: bool = False,
     ) -> None:
         self._model, self._cache, self._device = model, cache, device
         self._vocab_size = model_config.vocab_size
@@ -38,33 +52,62 @@ class ModelRunner:
             self.batch, config.max_num_seqs, model_config.vocab_size, model_config.eos_token_ids
         )
         self._sampler = Sampler(self.batch, self._state)
+        self._graphs: DecodeGraphs | None = None
+        if graphs:
+            self._graphs = DecodeGraphs(model, self.batch, self._state, cache.layers, self._cos_sin)
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Record the CUDA graphs of the usual batch sizes; the others are recorded when they are first needed."""
+        if self._graphs is not None:
+            self._graphs.prepare()
 
     def clear(self) -> None:
         """Forget every sequence."""
         self.batch.clear()
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """Carry out a plan; the tokens drawn are in the mirror when it returns."""
-        started_s = perf_counter()
+    def run(self, plan: StepPlan) -> Finish:
+        """Queue a plan on the device; the tokens drawn are in the mirror for the next.
+
+        Returns what makes the result, to be called once the device has come this far.
+        """
         self._update(plan)
         entries = self.batch.entries(plan)
         self.batch.grow_tables(plan, entries)
         if plan.empty:
-            return StepResult(plan.epoch, plan.step)
+            return lambda: StepResult(plan.epoch, plan.step)
+        slots = self.batch.sampled_slots(plan)
+        if self._graphs is not None and _all_decode(plan) and not (self._state.flags[slots] & PROMPT_LOGPROBS).any():
+            return self._decode(self._graphs, plan, entries, slots)
         hidden = self._model.forward(self._inputs(entries))
         prompts = list(self._prompt_logprobs(plan, entries, hidden))
         self.batch.computed(entries)
-        result = StepResult(plan.epoch, plan.step, prompt_logprobs=prompts)
-        if plan.sample_seqs:
-            logits = self._model.logits(self._last_rows(plan, entries, hidden))
-            slots = self.batch.sampled_slots(plan)
+        if not plan.sample_seqs:
+            return lambda: StepResult(plan.epoch, plan.step, prompt_logprobs=[finish() for finish in prompts])
+        logits = self._model.logits(self._last_rows(plan, entries, hidden))
+        token_ids, rows = self._sampler.sample(logits, slots)
+        self.batch.append(slots, token_ids)
+        drawn = Download(token_ids.to(torch.int32))
+        logprobs = sampled_logprobs(logits, token_ids, rows)
+        return lambda: StepResult(
+            plan.epoch, plan.step, pack(drawn.numpy()), logprobs(), [finish() for finish in prompts]
+        )
+
+    def _decode(self, graphs: DecodeGraphs, plan: StepPlan, entries: Entries, slots: Int64Array) -> Finish:
+        """A step of decodes alone, each drawing its next token."""
+        rows = self._state.rows(slots)
+        logits = graphs.forward(slots, entries.starts)
+        if graphs.can_draw(rows):
+            drawn = Download(graphs.draw(rows))
+            token_ids = None
+        else:
             token_ids, rows = self._sampler.sample(logits, slots)
-            self.batch.append(slots, token_ids)
-            result.logprobs = sampled_logprobs(logits, token_ids, rows)
-            result.token_ids = pack(token_ids.to(torch.int32).cpu().numpy())
-        result.device_s = perf_counter() - started_s
-        return result
+            drawn = Download(graphs.append(token_ids))
+        self.batch.computed(entries)
+        self.batch.num_tokens[slots] += 1
+        logprobs = sampled_logprobs(logits, token_ids, rows) if token_ids is not None else list
+        return lambda: StepResult(plan.epoch, plan.step, pack(drawn.numpy()), logprobs())
 
     def _update(self, plan: StepPlan) -> None:
         """Drop, add and copy, as the plan says."""
@@ -73,8 +116,7 @@ class ModelRunner:
         for new in plan.new:
             self._state.add(self.batch.add(new), new)
         if plan.copies:
-            pairs = unpack(plan.copies).astype(np.int64).reshape(-1, 2)
-            self._cache.copy(torch.from_numpy(pairs).to(self._device))
+            self._cache.copy(upload(unpack(plan.copies).astype(np.int64).reshape(-1, 2), self._device))
 
     def _inputs(self, entries: Entries) -> StepInput:
         token_ids, positions, slots = self.batch.inputs(entries)
@@ -86,7 +128,7 @@ class ModelRunner:
             offsets = (entries.offsets[num_decodes:] - num_decodes).astype(np.int32)
             prefills = Runs(
                 *self.batch.tables(entries, num_decodes, num_entries),
-                cu_seqlens=torch.from_numpy(offsets).to(self._device),
+                cu_seqlens=upload(offsets, self._device),
                 max_seqlen=int(entries.counts[num_decodes:].max()),
             )
         return StepInput(
@@ -105,9 +147,11 @@ class ModelRunner:
         sources = unpack(plan.sample_entries)
         if len(sources) == len(hidden) and np.array_equal(sources, np.arange(len(sources))):
             return hidden
-        return hidden[torch.from_numpy(entries.offsets[1:][sources] - 1).to(self._device)]
+        return hidden[upload(entries.offsets[1:][sources] - 1, self._device)]
 
-    def _prompt_logprobs(self, plan: StepPlan, entries: Entries, hidden: Tensor) -> Iterator[PromptLogprobs]:
+    def _prompt_logprobs(
+        self, plan: StepPlan, entries: Entries, hidden: Tensor
+    ) -> Iterator[Callable[[], PromptLogprobs]]:
         """Log-probabilities of the prompt tokens that follow the step's tokens, for the sequences that want them."""
         flags = self._state.flags[entries.slots]
         if not (flags & PROMPT_LOGPROBS).any():
@@ -125,3 +169,13 @@ class ModelRunner:
                 logits = self._model.logits(hidden[row + start - first : row + end - first])
                 following = self.batch.tokens[slot, start + 1 : end + 1]
                 yield prompt_logprobs(logits, following, int(seq_ids[entry]), start + 1, count)
+
+
+def _all_decode(plan: StepPlan) -> bool:
+    """Whether every entry is a decode that draws its own next token."""
+    num_entries = len(plan.seq_ids) // 4
+    return (
+        plan.num_decodes == num_entries
+        and plan.sample_seqs == plan.seq_ids
+        and np.array_equal(unpack(plan.sample_entries), np.arange(num_entries))
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from engine.step import PromptLogprobs, SampledLogprobs, pack
 from engine.worker.batch import Batch, Int64Array
 from engine.worker.sampling_state import Rows, SamplingState
+from engine.worker.transfers import Download, upload
 from kernels.sampling import count_tokens, gather_logprobs, sample
 
 
@@ -28,7 +30,7 @@ class Sampler:
         rows = self._state.rows(slots)
         if rows.flags == 0:
             return torch.argmax(logits, dim=-1), rows
-        positions = torch.from_numpy(self._batch.num_tokens[slots]).to(logits.device)
+        positions = upload(self._batch.num_tokens[slots], logits.device)
         tensors = dataclasses.replace(rows.tensors, positions=positions, bias=self._state.bias(rows, positions))
         token_ids: Tensor = sample(logits, tensors)
         if tensors.penalties is not None:
@@ -36,32 +38,45 @@ class Sampler:
         return token_ids, rows
 
 
-def sampled_logprobs(logits: Tensor, token_ids: Tensor, rows: Rows) -> list[SampledLogprobs]:
-    """Log-probabilities of the drawn tokens, for the rows that want them, from the raw logits [R, vocab]."""
+def sampled_logprobs(logits: Tensor, token_ids: Tensor, rows: Rows) -> Callable[[], list[SampledLogprobs]]:
+    """Log-probabilities of the drawn tokens, for the rows that want them, from the raw logits [R, vocab].
+
+    The result is a function to be called once the device has come this far.
+    """
     if not len(rows.logprob_rows):
-        return []
-    index = torch.from_numpy(rows.logprob_rows).to(logits.device)
-    chosen, ranks, top_ids, top = _gather(logits[index], token_ids[index], max(rows.logprob_counts))
-    return [
-        SampledLogprobs(row, float(chosen[i]), int(ranks[i]), pack(top_ids[i, :count]), top[i, :count].tobytes())
-        for i, (row, count) in enumerate(zip(rows.logprob_rows.tolist(), rows.logprob_counts, strict=True))
-    ]
+        return list
+    index = upload(rows.logprob_rows, logits.device)
+    gathered = _gather(logits[index], token_ids[index], max(rows.logprob_counts))
+
+    def finish() -> list[SampledLogprobs]:
+        chosen, ranks, top_ids, top = (part.numpy() for part in gathered)
+        return [
+            SampledLogprobs(row, float(chosen[i]), int(ranks[i]), pack(top_ids[i, :count]), top[i, :count].tobytes())
+            for i, (row, count) in enumerate(zip(rows.logprob_rows.tolist(), rows.logprob_counts, strict=True))
+        ]
+
+    return finish
 
 
-def prompt_logprobs(logits: Tensor, token_ids: Tensor, seq_id: int, start: int, count: int) -> PromptLogprobs:
-    """Log-probabilities of the prompt tokens from `start` on, token_ids [n], each from its row of logits [n, vocab]."""
-    chosen, ranks, top_ids, top = _gather(logits, token_ids, count)
-    return PromptLogprobs(
-        seq_id, start, chosen.tobytes(), pack(ranks), pack(np.ascontiguousarray(top_ids)), top.tobytes()
-    )
+def prompt_logprobs(
+    logits: Tensor, token_ids: Tensor, seq_id: int, start: int, count: int
+) -> Callable[[], PromptLogprobs]:
+    """Log-probabilities of the prompt tokens from `start` on, token_ids [n], each from its row of logits [n, vocab].
+
+    The result is a function to be called once the device has come this far.
+    """
+    gathered = _gather(logits, token_ids, count)
+
+    def finish() -> PromptLogprobs:
+        chosen, ranks, top_ids, top = (part.numpy() for part in gathered)
+        return PromptLogprobs(
+            seq_id, start, chosen.tobytes(), pack(ranks), pack(np.ascontiguousarray(top_ids)), top.tobytes()
+        )
+
+    return finish
 
 
-def _gather(logits: Tensor, token_ids: Tensor, count: int) -> tuple[np.ndarray, ...]:  # type: ignore[type-arg]
-    """gather_logprobs on the host: float32, int32, int32 and float32 arrays."""
+def _gather(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Download, Download, Download, Download]:
+    """gather_logprobs, on its way to the host: float32, int32, int32 and float32."""
     chosen, ranks, top_ids, top = gather_logprobs(logits, token_ids, count)
-    return (
-        chosen.cpu().numpy(),
-        ranks.to(torch.int32).cpu().numpy(),
-        top_ids.to(torch.int32).cpu().numpy(),
-        top.cpu().numpy(),
-    )
+    return Download(chosen), Download(ranks.to(torch.int32)), Download(top_ids.to(torch.int32)), Download(top)

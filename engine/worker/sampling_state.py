@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.sampling_params import SamplingParams
 from engine.step import NewSequence, unpack
-from engine.worker.batch import Batch, Int64Array
+from engine.worker.batch import Batch, Float32Array, Int64Array
+from engine.worker.transfers import Numbers, upload
 from kernels.sampling import LogitBias, Penalties, SamplingTensors, pack_bitmask
 
 RANDOM, FILTER, PENALTY, BIAS, ALLOWED, MIN_TOKENS, BAD_WORDS, LOGPROBS, PROMPT_LOGPROBS = (
@@ -85,8 +85,8 @@ class SamplingState:
         self._batch, self._vocab_size, self._eos_token_ids = batch, vocab_size, eos_token_ids
         self._device = batch.device
         self.flags = np.zeros(max_seqs, np.int64)
-        self._seeds = np.zeros(max_seqs, np.int64)
-        self._top_k = np.zeros(max_seqs, np.int32)
+        self.seeds = np.zeros(max_seqs, np.int64)
+        self.top_k = np.zeros(max_seqs, np.int32)
         self._floats = {name: np.zeros(max_seqs, np.float32) for name in _FLOATS}
         self.params: dict[int, SamplingParams] = {}
         self._rows: Rows | None = None
@@ -99,8 +99,8 @@ class SamplingState:
         self._rows = None
         self.params[slot] = params
         self.flags[slot] = _flags(params)
-        self._seeds[slot] = new.seed
-        self._top_k[slot] = max(params.top_k, 0)
+        self.seeds[slot] = new.seed
+        self.top_k[slot] = max(params.top_k, 0)
         for name, column in self._floats.items():
             column[slot] = getattr(params, name)
         if self.flags[slot] & PENALTY:
@@ -117,6 +117,10 @@ class SamplingState:
         if self._rows is None or not (self._rows.slots is slots or np.array_equal(self._rows.slots, slots)):
             self._rows = self._describe(slots)
         return self._rows
+
+    def columns(self, slots: Int64Array) -> tuple[Float32Array, Float32Array, Float32Array]:
+        """Temperature, top_p and min_p of each of `slots`."""
+        return self._floats["temperature"][slots], self._floats["top_p"][slots], self._floats["min_p"][slots]
 
     def bias(self, rows: Rows, positions: Tensor) -> LogitBias | None:
         """All additive bias of a batch at these positions: logit_bias, tokens not yet allowed, bad words."""
@@ -151,10 +155,10 @@ class SamplingState:
         union = int(np.bitwise_or.reduce(flags)) if len(flags) else 0
         random = bool(union & RANDOM)
         filtered = random and bool(union & FILTER)
-        top_k, top_p, min_p = self._top_k[slots], self._floats["top_p"][slots], self._floats["min_p"][slots]
+        top_k, top_p, min_p = self.top_k[slots], self._floats["top_p"][slots], self._floats["min_p"][slots]
         tensors = SamplingTensors(
             temperature=self._tensor(self._floats["temperature"][slots]),
-            seeds=self._tensor(self._seeds[slots]),
+            seeds=self._tensor(self.seeds[slots]),
             positions=torch.empty(0, dtype=torch.int64),
             top_k=self._tensor(top_k) if filtered and top_k.any() else None,
             top_p=self._tensor(top_p) if filtered and (top_p < 1).any() else None,
@@ -246,9 +250,8 @@ class SamplingState:
             prompts=self._tensor(self._batch.num_prompt[slots_of]),
         )
 
-    def _tensor(self, array: npt.NDArray[np.int64] | npt.NDArray[np.int32] | npt.NDArray[np.float32]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+    def _tensor(self, array: Numbers) -> Tensor:
+        return upload(array, self._device)
 
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from engine.config import EngineConfig
@@ -15,35 +13,11 @@ from engine.models.base import Model
 from engine.models.registry import find_model
 from engine.models.weights import fill_dummy, load_weights
 from engine.parallel.communicator import Communicator
-from engine.step import StepPlan, StepResult
-from engine.worker.backend import make_backend
+from engine.step import StepPlan
+from engine.worker.backend import PendingStep, make_backend
 from engine.worker.kv_cache import KvCache, plan_capacity
+from engine.worker.largest_step import largest_step
 from engine.worker.model_runner import ModelRunner
-
-
-class PendingStep(Protocol):
-    """A step under way."""
-
-    @property
-    def done(self) -> bool:
-        """Whether wait() returns at once."""
-        ...
-
-    def wait(self) -> StepResult | None:
-        """Block until the step is done: its result on rank 0, None on the others."""
-        ...
-
-
-class DoneStep:
-    """A step that was over when submit returned."""
-
-    done = True
-
-    def __init__(self, result: StepResult | None) -> None:
-        self._result = result
-
-    def wait(self) -> StepResult | None:
-        return self._result
 
 
 class Worker:
@@ -53,7 +27,7 @@ class Worker:
         assert communicator.rank == rank and communicator.size == config.tensor_parallel_size
         self.rank = rank
         self._config, self._model_config, self._communicator = config, model_config, communicator
-        self._backend = make_backend(config, rank)
+        self._backend = make_backend(config)
         self._model: Model | None = None
         self._runner: ModelRunner | None = None
         self._epoch = 0
@@ -74,14 +48,20 @@ class Worker:
     def measure(self) -> CacheCapacity:
         """How many KV blocks this rank can hold. Raises ConfigError when one long sequence would not fit."""
         assert self._model is not None, "load first"
-        return plan_capacity(self._config, self._model_config, self._backend.dtype, self._backend.kv_cache_bytes())
+        backend = self._backend
+        with torch.inference_mode():
+            free_bytes = backend.kv_cache_bytes(self._largest_step)
+        return plan_capacity(self._config, self._model_config, backend.dtype, free_bytes)
 
     def allocate(self, capacity: CacheCapacity) -> None:
         """Make the KV cache: the least that any rank measured."""
         assert self._model is not None, "load first"
         backend, size = self._backend, self._communicator.size
         cache = KvCache(capacity, self._model_config, size, backend.dtype, backend.device)
-        self._runner = ModelRunner(self._config, self._model_config, self._model, cache, backend.device)
+        self._runner = ModelRunner(
+            self._config, self._model_config, self._model, cache, backend.device, graphs=backend.graphs
+        )
+        self._runner.prepare()
 
     def submit(self, plan: StepPlan) -> PendingStep:
         """Run a plan after those before it. Raises ExecutorDied for one of another epoch or out of order."""
@@ -93,8 +73,14 @@ class Worker:
                 ranks=(self.rank,),
             )
         self._next_step += 1
-        result = self._runner.run(plan)
-        return DoneStep(result if self.rank == 0 else None)
+        timer = self._backend.timer()
+        finish = self._runner.run(plan)
+        return timer.pending(finish if self.rank == 0 else None)
+
+    def _largest_step(self) -> None:
+        """Compute as large a step as a plan may ask for, over a cache of one block that nothing is written to."""
+        assert self._model is not None
+        largest_step(self._config, self._model_config, self._model, self._backend.device, self._backend.dtype)
 
     def reset(self, epoch: int) -> None:
         """Forget every sequence and begin an epoch; the weights and the cache's memory stay."""
