@@ -1,0 +1,66 @@
+"""The ASGI application: every route, one error shape, a request id on every answer."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.http import health, openai
+from deployments.http.context import MAX_REQUEST_ID_CHARS
+from deployments.http.errors import on_error, openai_response
+from deployments.service import ModelService
+from engine.errors import MantaError
+
+logger = logging.getLogger("ray.serve")
+
+ROUTES = [*health.ROUTES, *openai.ROUTES]
+
+
+def create_app(service: ModelService) -> Starlette:
+    """The application that serves `service` over HTTP."""
+    app = Starlette(
+        routes=ROUTES,
+        middleware=[Middleware(Frame)],
+        exception_handlers={MantaError: on_error, HTTPException: on_error},
+    )
+    app.state.service = service
+    app.router.redirect_slashes = False
+    return app
+
+
+class Frame:
+    """Around every request: echoes the client's x-request-id, or makes one; turns a bug of ours into a 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = given.decode("latin-1")[:MAX_REQUEST_ID_CHARS] if given else secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = request_id
+        header = (b"x-request-id", request_id.encode("latin-1"))
+
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message = {**message, "headers": [*message["headers"], header]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            logger.exception("request %s failed", request_id)
+            if started:
+                raise
+            await openai_response(error)(scope, receive, send_with_id)

@@ -1,0 +1,38 @@
+"""Routes for those who run the server."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from deployments.http.context import service_of
+
+_json = msgspec.json.Encoder()
+
+
+async def health(request: Request) -> Response:
+    """200 while the engine works or is being brought back, 503 with the reason when not."""
+    report = await service_of(request).health()
+    return Response(_json.encode(report), 200 if report.live else 503, media_type="application/json")
+
+
+async def ready(request: Request) -> Response:
+    """200 when requests are taken now, 503 with the reason when not."""
+    report = await service_of(request).health()
+    return Response(_json.encode(report), 200 if report.ready else 503, media_type="application/json")
+
+
+async def stats(request: Request) -> Response:
+    """The engine's counters and gauges, and this replica's unfinished requests."""
+    service = service_of(request)
+    counters = await service.stats()
+    return Response(_json.encode({**counters, "unfinished": service.num_unfinished}), media_type="application/json")
+
+
+ROUTES = [
+    Route("/health", health, methods=["GET"]),
+    Route("/ready", ready, methods=["GET"]),
+    Route("/stats", stats, methods=["GET"]),
+]

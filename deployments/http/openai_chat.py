@@ -1,0 +1,166 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from deployments.generation import Batch
+from deployments.http.context import answer_headers, answer_id, read, service_of
+from deployments.http.errors import NotSupported, openai_json
+from deployments.http.logprobs import chat_logprobs
+from deployments.http.openai_replies import (
+    UNSET,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    Usage,
+    usage,
+)
+from deployments.http.openai_types import ChatCompletionRequest
+from deployments.http.sse import DONE, event, start_stream, until_disconnect
+from deployments.service import ModelService
+from engine.errors import PromptTooLong, RequestError
+from engine.output import Logprobs, OutputDelta
+from engine.sampling_params import SamplingParams
+
+_json = msgspec.json.Encoder()
+
+
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a chat with n messages."""
+    service = service_of(request)
+    body = await read(request, ChatCompletionRequest)
+    call = _Call(service, body, answer_id(request, body, "chatcmpl"))
+    await call.start()
+    if body.stream:
+        return await start_stream(request.receive, call.events(), on_error=openai_json, headers=answer_headers(body))
+    answer = await until_disconnect(request.receive, call.answer())
+    return Response(_json.encode(answer), headers=answer_headers(body), media_type="application/json")
+
+
+class _Call:
+    """One request on its way: its batch of one, and how its answer looks."""
+
+    def __init__(self, service: ModelService, body: ChatCompletionRequest, answer_id: str) -> None:
+        _refuse_unsupported(body)
+        self.service, self.body, self.id = service, body, answer_id
+        self.created = int(time.time())
+        self.params = self._params()
+        self.batch = Batch()
+
+    def _params(self) -> SamplingParams:
+        given = self.body.sampling()
+        if self.body.max_completion_tokens is not None:
+            given["max_tokens"] = self.body.max_completion_tokens
+        if self.body.logprobs:
+            given["logprobs"] = self.body.top_logprobs or 0
+        elif self.body.top_logprobs:
+            raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
+        return self.service.sampling_params(given, max_tokens=None)
+
+    async def start(self) -> None:
+        """Render, tokenize and submit the chat."""
+        body = self.body
+        continued = bool(body.continue_final_message)
+        ids = await self.service.encode_chat(
+            body.messages,
+            self.params,
+            add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
+            continue_final_message=continued,
+            chat_template=body.chat_template,
+            **(body.chat_template_kwargs or {}),
+        )
+        try:
+            self.batch = self.service.start_batch(
+                [ids], self.params, request_id=self.id, cache_salt=body.cache_salt or ""
+            )
+        except PromptTooLong as error:
+            if error.param == "prompt":
+                error.param = "messages"
+            raise
+
+    async def answer(self) -> ChatCompletion:
+        async with self.batch as batch:
+            (result,) = await batch.results()
+        choices = []
+        for output in result.outputs:
+            choice = ChatChoice(
+                output.index,
+                ChatMessage(output.text),
+                self._logprobs(output.logprobs),
+                output.finish_reason,
+                output.stop_reason,
+            )
+            if self.body.return_token_ids:
+                choice.token_ids = output.token_ids
+            choices.append(choice)
+        told = usage(batch.num_prompt_tokens, result.num_completion_tokens, result.num_cached_tokens)
+        answer = ChatCompletion(self.id, self.created, self.service.config.names[0], choices, told)
+        if self.body.return_token_ids:
+            answer.prompt_token_ids = result.prompt_token_ids
+        if self.body.prompt_logprobs is not None:
+            answer.prompt_logprobs = result.prompt_logprobs or []
+        return answer
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """A first event with the role for each sample, one for each of its deltas, the usage when asked for."""
+        body = self.body
+        completion_tokens = 0
+        begun = [False] * self.params.n
+        async with self.batch as batch:
+            async for _, deltas in batch.updates():
+                for delta in deltas:
+                    completion_tokens += len(delta.token_ids)
+                    told = usage(batch.num_prompt_tokens, completion_tokens) if body.continuous_usage else None
+                    if not begun[delta.index]:
+                        begun[delta.index] = True
+                        first = self._chunk([ChatChunkChoice(delta.index, ChatDelta("assistant", ""))], told)
+                        if body.return_token_ids:
+                            first.prompt_token_ids = batch.generations[0].request.prompt_token_ids
+                        yield event(first)
+                    if delta.text or delta.finish_reason or delta.logprobs or body.return_token_ids:
+                        yield event(self._chunk([self._delta_choice(delta)], told))
+            if body.include_usage:
+                result = batch.generations[0].result
+                assert result is not None
+                told = usage(batch.num_prompt_tokens, result.num_completion_tokens, result.num_cached_tokens)
+                yield event(self._chunk([], told))
+        yield DONE
+
+    def _chunk(self, choices: list[ChatChunkChoice], told: Usage | None) -> ChatChunk:
+        shown = told if told is not None or self.body.include_usage else UNSET
+        return ChatChunk(self.id, self.created, self.service.config.names[0], choices, usage=shown)
+
+    def _delta_choice(self, delta: OutputDelta) -> ChatChunkChoice:
+        choice = ChatChunkChoice(
+            delta.index, ChatDelta(content=delta.text or None), self._logprobs(delta.logprobs), delta.finish_reason
+        )
+        if delta.finish_reason is not None:
+            choice.stop_reason = delta.stop_reason
+        if self.body.return_token_ids:
+            choice.token_ids = delta.token_ids
+        return choice
+
+    def _logprobs(self, entries: Logprobs | None) -> ChatLogprobs | None:
+        if entries is None:
+            return None
+        return chat_logprobs(entries, self.params.logprobs or 0, self.service.tokenizer)
+
+
+def _refuse_unsupported(body: ChatCompletionRequest) -> None:
+    """Refuse what would silently give other answers than asked for."""
+    kind: Any = (body.response_format or {"type": "text"}).get("type")
+    if kind != "text":
+        raise NotSupported(f"response_format: got type {kind!r:.50}, allowed: 'text'", param="response_format")
+    if body.tools and body.tool_choice != "none":
+        raise NotSupported("tools: this server does not call tools", param="tools")

@@ -1,0 +1,190 @@
+"""LLMServer: the Serve deployment of one model, for HTTP and for handles; it owns a driver."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, TypeGuard
+
+import ray
+from ray import serve
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from cluster.driver import start_driver, stop_driver
+from cluster.driver_client import DriverClient
+from deployments.config import AppConfig
+from deployments.generation import Generation
+from deployments.http.asgi import create_app
+from deployments.serve_calls import is_streaming_call
+from deployments.service import ModelService
+from engine.errors import EngineUnavailable, MantaError, RequestError
+from engine.model_config import ModelConfig, resolve
+from engine.tokenizer import Tokenizer, default_sampling
+
+logger = logging.getLogger("ray.serve")
+
+MAX_DRIVER_STARTS = 3
+"""Failures in a row after which a lost driver is given up, and Serve replaces the replica."""
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""A text, token ids, or the messages of a chat."""
+
+
+class LLMServer:
+    """One replica: HTTP, handle calls and texts in this process, the engine in a driver actor beside it."""
+
+    async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Load the model on its ranks. Raises ConfigError, ModelLoadError or EngineUnavailable."""
+        self._model_config = await asyncio.to_thread(ModelConfig.load, config)
+        self.config = resolve(config, self._model_config)
+        context = serve.get_replica_context()
+        self._name = f"{context.app_name}:{context.replica_id.unique_id}"
+        self._closing = False
+        self._driver: Any = None
+        self._client: DriverClient | None = None
+        self._restart: asyncio.Task[None] | None = None
+        driver = asyncio.ensure_future(self._start_driver())
+        tokenizer = await asyncio.to_thread(Tokenizer.load, self.config)
+        self.service = ModelService(
+            self.config,
+            tokenizer,
+            vocab_size=self._model_config.vocab_size,
+            sampling_defaults=default_sampling(self.config),
+        )
+        self._app = create_app(self.service)
+        self._driver = await driver
+        await self._connect()
+        logger.info("%s serves %s", self._name, ", ".join(self.config.names))
+
+    async def __call__(self, call: Request | Prompt, /, **params: Any) -> Any:
+        """Serve one call: an HTTP request, or a prompt from a handle.
+
+        A prompt is a text, token ids or the messages of a chat; params are SamplingParams by name. Returns the text, or
+        a list of n texts; under `handle.options(stream=True)` an async generator of text deltas.
+        """
+        if isinstance(call, Request):
+            return _Served(self._app)
+        if is_streaming_call():
+            return self.stream(call, **params)
+        return await self.generate(call, **params)
+
+    async def generate(self, prompt: Prompt, /, **params: Any) -> str | list[str]:
+        """The text that follows `prompt`; a list when n is above 1. Raises RequestError and its kin."""
+        async with await self._begin(prompt, params) as generation:
+            result = await generation.finish()
+        texts = [output.text for output in result.outputs]
+        return texts if len(texts) > 1 else texts[0]
+
+    async def stream(self, prompt: Prompt, /, **params: Any) -> AsyncGenerator[str, None]:
+        """The text that follows `prompt`, in pieces. Raises RequestError and its kin."""
+        if params.get("n", 1) != 1:
+            raise RequestError("n: a stream of text has one sample; use HTTP for more", param="n")
+        async with await self._begin(prompt, params) as generation:
+            async for deltas in generation:
+                text = "".join(delta.text for delta in deltas)
+                if text:
+                    yield text
+
+    async def check_health(self) -> None:
+        """Serve's health check: raises when the engine is gone, stuck, or cannot come back."""
+        health = await self.service.health()
+        if not health.live:
+            raise EngineUnavailable(f"{self._name}: {health.state}: {health.reason}")
+
+    def __del__(self) -> Any:
+        """Serve's end of a replica, after its requests. Serve awaits the result; the interpreter calls it once more."""
+        if not self._closing:
+            self._closing = True
+            return self._close()
+
+    async def _close(self) -> None:
+        if self._restart is not None:
+            self._restart.cancel()
+        if self._client is not None:
+            await self._client.close()
+        if self._driver is not None:
+            await asyncio.to_thread(stop_driver, self._driver)
+
+    async def _begin(self, prompt: Prompt, params: dict[str, Any]) -> Generation:
+        context = serve.context._get_serve_request_context()
+        request_id = f"handle-{context.request_id}" if context.request_id else None
+        template = params.pop("chat_template_kwargs", None) or {}
+        text = None
+        try:
+            if _is_chat(prompt):
+                chosen = self.service.sampling_params(params, max_tokens=None)
+                ids = await self.service.encode_chat(prompt, chosen, **template)
+            elif isinstance(prompt, str) or _is_ids(prompt):
+                chosen = self.service.sampling_params(params)
+                text = prompt if isinstance(prompt, str) else None
+                ids = await self.service.encode_prompt(prompt, chosen)
+            else:
+                raise RequestError(
+                    f"prompt: got {prompt!r:.100}, allowed: a text, token ids, or messages", param="prompt"
+                )
+        except TypeError as error:  # an unknown keyword, or a prompt of another kind
+            raise RequestError(str(error)) from None
+        return self.service.generate(ids, chosen, request_id=request_id, prompt=text)
+
+    # The driver's life
+
+    async def _start_driver(self) -> Any:
+        """Start a driver in this replica's placement group; waits until it serves."""
+        return await asyncio.to_thread(
+            start_driver,
+            self.config.engine,
+            self._model_config,
+            name=self._name,
+            placement_group=ray.util.get_current_placement_group(),
+        )
+
+    async def _connect(self) -> None:
+        self._client = await DriverClient.connect(
+            self._driver, on_outputs=self.service.deliver, on_disconnect=self._on_disconnect
+        )
+        self.service.attach(self._client)
+
+    def _on_disconnect(self, reason: str) -> None:
+        self.service.detach()
+        if not self._closing:
+            logger.error("%s lost its driver (%s); starting another", self._name, reason)
+            self._restart = asyncio.ensure_future(self._replace_driver(reason))
+
+    async def _replace_driver(self, reason: str) -> None:
+        """Start another driver and hand it every unfinished request with its tokens so far."""
+        for attempt in range(1, MAX_DRIVER_STARTS + 1):
+            try:
+                with contextlib.suppress(Exception):
+                    await asyncio.to_thread(stop_driver, self._driver)
+                self._driver = await self._start_driver()
+                await self._connect()
+            except MantaError as error:
+                reason = str(error)
+                logger.error("%s: start %d of %d failed: %s", self._name, attempt, MAX_DRIVER_STARTS, reason)
+                continue
+            logger.info("%s has a new driver; %d requests go on", self._name, self.service.resume())
+            return
+        self.service.fail(reason)
+
+
+class _Served(Response):
+    """Runs an ASGI application where Serve expects a response."""
+
+    def __init__(self, app: Starlette) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Mapping[str, Any]]]:
+    return isinstance(prompt, Sequence) and not isinstance(prompt, str) and any(isinstance(m, Mapping) for m in prompt)
+
+
+def _is_ids(prompt: Prompt) -> TypeGuard[Sequence[int]]:
+    return isinstance(prompt, Sequence)

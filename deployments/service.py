@@ -1,0 +1,267 @@
+"""ModelService: one model's requests in this process, between the transports and the engine.
+
+It owns the texts: prompts are tokenized here, tokens become text here, stop strings end samples here. It holds each
+request's prompt and tokens so far, which is what lets a request outlive its engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from cluster.messages import DriverHealth, error_of
+from deployments.config import AppConfig
+from deployments.generation import Batch, Generation
+from engine.errors import EngineUnavailable, MantaError, PromptTooLong, RequestError
+from engine.output import OutputProcessor
+from engine.request import Request, SequenceOutput
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer, prepare_params, prepare_prompt
+
+logger = logging.getLogger("ray.serve")
+
+LONG_TEXT_CHARS = 8192
+"""Longer texts are tokenized on another thread: 8 Ki characters take about a millisecond."""
+
+
+class EngineClient(Protocol):
+    """What the service needs of an engine that runs somewhere else. Outputs arrive at `ModelService.deliver`."""
+
+    def submit(self, request: Request) -> None:
+        """Hand a request over. A refusal comes as outputs with finish_reason "error". Raises EngineUnavailable."""
+        ...
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one sample of it, and free its blocks. No effect when it is unknown."""
+        ...
+
+    async def stats(self) -> dict[str, Any]:
+        """The engine's counters and gauges now, by name. Raises EngineUnavailable."""
+        ...
+
+    async def health(self) -> DriverHealth:
+        """What the engine knows of itself. Raises EngineUnavailable when it does not answer."""
+        ...
+
+
+class ModelService:
+    """Serves one loaded model. Everything but `deliver`'s caller runs on one event loop, and so does that."""
+
+    def __init__(
+        self, config: AppConfig, tokenizer: Tokenizer, *, vocab_size: int, sampling_defaults: Mapping[str, Any]
+    ) -> None:
+        """config is resolved; vocab_size is the model's; sampling_defaults fill what a request leaves out."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.sampling_defaults = dict(sampling_defaults)
+        self.started_s = time.time()
+        self.failure: str | None = None
+        """Why there is no engine and will be none."""
+        self._client: EngineClient | None = None
+        self._outputs = OutputProcessor(tokenizer)
+        self._generations: dict[str, Generation] = {}
+
+    # The engine's side
+
+    def attach(self, client: EngineClient) -> None:
+        """Send requests to `client` from now on."""
+        self._client = client
+
+    def detach(self) -> None:
+        """No engine: new requests are refused with EngineUnavailable, held ones wait."""
+        self._client = None
+
+    def deliver(self, outputs: Sequence[SequenceOutput]) -> None:
+        """Take one step's outputs of all requests of this process."""
+        for output in outputs:
+            if output.finish_reason == "error" and output.request_id in self._generations:
+                self._generations[output.request_id].fail(error_of(output))
+        processed = self._outputs.process(outputs)
+        for delta in processed.deltas:
+            generation = self._generations.get(delta.request_id)
+            if generation is not None and delta.finish_reason != "error":
+                generation.push(delta)
+        for request_id, index in processed.aborts:
+            if self._client is not None:
+                self._client.abort(request_id, index)
+        for result in processed.finished:
+            generation = self._generations.get(result.request_id)
+            if generation is not None:
+                generation.end(result)
+
+    def resume(self) -> int:
+        """Submit every unfinished request again, with its tokens so far, to a newly attached engine; how many."""
+        requests = [r for r in map(self._outputs.resumed, list(self._generations)) if r is not None]
+        for request in requests:
+            try:
+                self._engine().submit(request)
+            except MantaError as error:
+                self._generations[request.request_id].fail(error)
+        return len(requests)
+
+    async def stats(self) -> dict[str, Any]:
+        """The engine's counters now. Raises EngineUnavailable."""
+        return await self._engine().stats()
+
+    async def health(self) -> DriverHealth:
+        """What the engine knows of itself; "failed" when it does not answer or is gone for good."""
+        if self._client is None:
+            return DriverHealth(
+                "failed" if self.failure else "recovering", self.failure or "the engine is started again"
+            )
+        try:
+            return await self._client.health()
+        except EngineUnavailable as error:
+            return DriverHealth("failed", str(error))
+
+    def fail(self, reason: str) -> None:
+        """There is no engine and will be none: every held request fails, and so does every new one."""
+        self._client = None
+        self.failure = reason
+        for generation in list(self._generations.values()):
+            generation.fail(EngineUnavailable(f"the engine is gone: {reason}"))
+
+    # The transports' side
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._generations)
+
+    @property
+    def available(self) -> bool:
+        return self._client is not None
+
+    def serves(self, name: str) -> bool:
+        """Whether clients may ask for a model called `name`."""
+        return name in self.config.names
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, **arguments: Any
+    ) -> list[int]:
+        """The prompt of a chat; arguments as for `Tokenizer.render_chat`. Raises RequestError."""
+        size = sum(len(str(m.get("content", ""))) for m in messages if isinstance(m, Mapping))
+        if size > LONG_TEXT_CHARS:
+            ids = await asyncio.to_thread(self.tokenizer.apply_chat_template, messages, **arguments)
+        else:
+            ids = self.tokenizer.apply_chat_template(messages, **arguments)
+        if not ids:
+            raise RequestError("messages: the chat template made an empty prompt of them", param="messages")
+        return ids if params.truncate_prompt_tokens is None else ids[-params.truncate_prompt_tokens :]
+
+    async def encode_prompt(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
+        """Checked token ids of a text or of token ids. Raises RequestError."""
+        if not prompt:
+            raise RequestError("prompt: empty; at least one token is needed", param="prompt")
+        if len(prompt) > LONG_TEXT_CHARS:
+            return await asyncio.to_thread(prepare_prompt, prompt, params, self.tokenizer, self.vocab_size)
+        return prepare_prompt(prompt, params, self.tokenizer, self.vocab_size)
+
+    def sampling_params(self, given: Mapping[str, Any], **defaults: Any) -> SamplingParams:
+        """SamplingParams of the fields a request gave; the model's defaults, then `defaults`, fill the others.
+
+        Raises RequestError naming the field at fault.
+        """
+        params = SamplingParams(**{**defaults, **self.sampling_defaults, **given})
+        return prepare_params(params, self.tokenizer, self.vocab_size)
+
+    def generate(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        prompt: str | None = None,
+        cache_salt: str = "",
+        timeout_s: float | None = None,
+    ) -> Generation:
+        """Start one request. Use the result as an async context manager; what the engine refuses, iterating it raises.
+
+        A request id already in use gets a suffix. Raises RequestError or EngineUnavailable.
+        """
+        engine = self._engine()
+        request_id = request_id or secrets.token_hex(8)
+        if request_id in self._generations:
+            request_id = f"{request_id}-{secrets.token_hex(4)}"
+        params = self._fit(len(prompt_token_ids), params)
+        request = Request.create(request_id, prompt_token_ids, params, arrival_s=time.time(), cache_salt=cache_salt)
+        generation = Generation(request, self._release)
+        self._generations[request_id] = generation
+        self._outputs.add(request, prompt)
+        try:
+            engine.submit(request)
+        except MantaError:
+            self._forget(request_id)
+            raise
+        timeout_s = timeout_s or self.config.request_timeout_s
+        if timeout_s is not None:
+            generation.expire_after(timeout_s)
+        return generation
+
+    def start_batch(
+        self, prompts: Sequence[list[int]], params: SamplingParams, *, request_id: str, cache_salt: str = ""
+    ) -> Batch:
+        """Start one request a prompt, or none when one is at fault. Use the result as an async context manager."""
+        batch = Batch([])
+        try:
+            for number, prompt in enumerate(prompts):
+                name = request_id if len(prompts) == 1 else f"{request_id}-{number}"
+                batch.add(self.generate(prompt, params, request_id=name, cache_salt=cache_salt))
+        except MantaError:
+            batch.release()
+            raise
+        return batch
+
+    def _release(self, generation: Generation) -> None:
+        """Forget a generation, and abort it when it still runs."""
+        unfinished = generation.request_id in self._outputs
+        self._forget(generation.request_id)
+        if unfinished and self._client is not None:
+            self._client.abort(generation.request_id)
+        _log_end(generation)
+
+    def _forget(self, request_id: str) -> None:
+        self._outputs.discard(request_id)
+        self._generations.pop(request_id, None)
+
+    def _engine(self) -> EngineClient:
+        if self._client is None:
+            raise EngineUnavailable(self.failure or "the engine is not running; it is being started again")
+        return self._client
+
+    def _fit(self, num_prompt_tokens: int, params: SamplingParams) -> SamplingParams:
+        """Refuse what the context cannot hold."""
+        limit = self.config.model_len
+        if num_prompt_tokens >= limit:
+            raise PromptTooLong(
+                f"the prompt has {num_prompt_tokens} tokens; this model's context is {limit} tokens, "
+                "at least one of them for the answer"
+            )
+        if params.max_tokens is not None and num_prompt_tokens + params.max_tokens > limit:
+            raise PromptTooLong(
+                f"the prompt has {num_prompt_tokens} tokens and max_tokens is {params.max_tokens}: together more than "
+                f"this model's context of {limit} tokens",
+                param="max_tokens",
+            )
+        return params
+
+
+def _log_end(generation: Generation) -> None:
+    now = time.monotonic()
+    result = generation.result
+    reasons = ",".join(sorted({o.finish_reason or "?" for o in result.outputs})) if result is not None else "aborted"
+    first_s = generation.first_token_s - generation.created_s if generation.first_token_s is not None else -1.0
+    logger.info(
+        "request %s %s: prompt %d tokens (%d cached), output %d tokens, first after %.3f s, all after %.3f s",
+        generation.request_id,
+        reasons,
+        generation.request.num_prompt_tokens,
+        result.num_cached_tokens if result is not None else 0,
+        result.num_completion_tokens if result is not None else 0,
+        first_s,
+        now - generation.created_s,
+    )
