@@ -1,0 +1,408 @@
+"""LLMEngine: the life of requests, from acceptance to their last token. No I/O and no loop of its own.
+
+    begin_step   schedule -> submit          up to config.steps_ahead plans in flight
+    finish_step  wait for the oldest -> read its tokens -> end what has stopped -> outputs
+
+Finish reasons by token are decided here, after the fact: a sequence may have been scheduled past its stop token by the
+steps in flight, and what those draw for it is thrown away. Lengths are known beforehand and never exceeded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.errors import ExecutorDied, PromptTooLong, RequestError
+from engine.executor import CacheCapacity, Executor
+from engine.metrics import EngineMetrics
+from engine.request import Request, SequenceOutput, TokenLogprobs
+from engine.sampling_params import SamplingParams
+from engine.scheduler import RowArray, ScheduledStep, Scheduler
+from engine.sequence import Group, Sequence, Status
+from engine.step import SampledLogprobs, StepResult, unpack
+
+Logprobs = dict[int, TokenLogprobs]
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """A look at one engine: what it does now, and counts since it started."""
+
+    running: int
+    waiting: int
+    num_blocks: int
+    free_blocks: int
+    """Can be allocated; the cached ones among them."""
+    used_blocks: int
+    cached_blocks: int
+    shared_blocks: int
+    saved_blocks: int
+    kv_utilization: float
+    """Slots filled of those in the blocks of running sequences; 1 when nothing runs."""
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    steps: int
+    generated_tokens: int
+    recoveries: int
+
+
+class LLMEngine:
+    """Turns requests into tokens, on the ranks behind an executor. Not thread-safe: one thread drives it.
+
+    `config` is resolved; `vocab_size` is the model's; `eos_token_ids` end a sample unless it ignores them. When
+    begin_step, finish_step or recover raise ExecutorDied, nothing is lost: call `recover`, as often as it takes.
+    """
+
+    def __init__(
+        self, config: EngineConfig, executor: Executor, *, vocab_size: int, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self.config, self.executor, self.vocab_size = config, executor, vocab_size
+        self.metrics = EngineMetrics()
+        self._is_eos = np.zeros(vocab_size, np.bool_)
+        self._is_eos[[token for token in eos_token_ids if token < vocab_size]] = True
+        self._groups: dict[str, Group] = {}
+        self._in_flight: deque[tuple[ScheduledStep | None, Future[StepResult]]] = deque()
+        self._ready: list[SequenceOutput] = []
+        """Outputs that wait for the next finish_step: of samples that ended without a step."""
+        self._listeners: dict[int, Group] = {}
+        """Who waits for the prompt's log-probabilities that a sequence computes."""
+        self._epoch = self._next_step = 0
+        self._num_arrivals = self._num_sequences = 0
+
+    def start(self) -> CacheCapacity:
+        """Start the ranks; what they can hold. Must come before anything else."""
+        capacity = self.executor.start()
+        self._blocks = BlockManager(capacity.num_blocks, capacity.block_size, caching=self.config.enable_prefix_caching)
+        self._scheduler = Scheduler(self.config, self._blocks)
+        self._table = self._scheduler.table
+        return capacity
+
+    # Requests.
+
+    def add_request(self, request: Request) -> None:
+        """Accept a request; its tokens come from finish_step.
+
+        Of a resumed request only further tokens come; a sample that had ended already ends again, without tokens.
+        Raises PromptTooLong, naming the limit, for what can never fit, and RequestError for what cannot be run.
+        """
+        limit = self._check(request)
+        params = request.params
+        group = Group(request, time.perf_counter())
+        key = (params.priority if self.config.policy == "priority" else 0, request.arrival_s, self._num_arrivals)
+        self._num_arrivals += 1
+        for index in range(params.num_sequences):
+            sequence = Sequence(group, index, self._new_id(), (*key, index), limit, self._table)
+            group.sequences[index] = sequence
+        self._groups[request.request_id] = group
+        self.metrics.num_requests += 1
+        self.metrics.prompt_tokens += request.num_prompt_tokens
+        for sequence in list(group.sequences.values()):
+            if sequence.num_output_tokens and (ended := self._ended(sequence, sequence.tokens[-1])):
+                self._ready.append(self._last_output(sequence, *ended))
+        self._scheduler.enqueue(group, list(group.sequences.values()))
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one sample of it; nothing more comes of it. Its blocks are free for the next step.
+
+        Unknown and finished ones are ignored.
+        """
+        group = self._groups.get(request_id)
+        if group is None:
+            return
+        sequences = [s for s in group.sequences.values() if index is None or s.index == index]
+        if sequences:
+            self.metrics.num_aborted += 1
+        for sequence in sequences:
+            self._forget(sequence)
+        self._ready = [o for o in self._ready if o.request_id != request_id or index not in (None, o.index)]
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether finish_step has more to tell."""
+        return bool(self._groups or self._ready)
+
+    # Steps.
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps submitted and not finished."""
+        return len(self._in_flight)
+
+    def next_future(self) -> Future[StepResult] | None:
+        """What the next finish_step waits for."""
+        return self._in_flight[0][1] if self._in_flight else None
+
+    def begin_step(self) -> bool:
+        """Schedule and submit a step. False when enough are in flight or there is nothing to compute.
+
+        Raises ExecutorDied.
+        """
+        if len(self._in_flight) >= self.config.steps_ahead:
+            return False
+        scheduled = self._scheduler.schedule(self._epoch, self._next_step)
+        if scheduled is None:
+            if not self._ready or self._in_flight:
+                return False
+            future: Future[StepResult] = Future()  # nothing to compute, but something to tell
+            future.set_result(StepResult(self._epoch, -1))
+            self._in_flight.append((None, future))
+            return True
+        self._next_step += 1
+        if scheduled.plan.new:
+            self._note_first_steps(scheduled)
+        self._in_flight.append((scheduled, self.executor.submit(scheduled.plan)))
+        self.metrics.num_steps += 1
+        self.metrics.computed_tokens += scheduled.num_tokens
+        return True
+
+    def finish_step(self, timeout_s: float | None = None) -> list[SequenceOutput]:
+        """Read the oldest step in flight: the new tokens of each sample that drew one.
+
+        Empty when nothing is in flight. Raises ExecutorDied when the step failed, and TimeoutError when it is not done
+        in time; it stays in flight then.
+        """
+        if not self._in_flight:
+            ready, self._ready = self._ready, []
+            return ready
+        scheduled, future = self._in_flight[0]
+        result = future.result(timeout_s)
+        self._in_flight.popleft()
+        ready, self._ready = self._ready, []
+        if scheduled is None:
+            return ready
+        plan = scheduled.plan
+        if (result.epoch, result.step) != (plan.epoch, plan.step) or len(result.token_ids) != len(plan.sample_seqs):
+            raise ExecutorDied(
+                f"step {plan.step} of epoch {plan.epoch} was answered with {len(result.token_ids) // 4} tokens of step "
+                f"{result.step} of epoch {result.epoch}"
+            )
+        if result.device_s:
+            self.metrics.step_s.observe(result.device_s)
+        return ready + self._read(scheduled, result)
+
+    def step(self) -> list[SequenceOutput]:
+        """Fill the pipeline and finish its oldest step."""
+        while self.begin_step():
+            pass
+        return self.finish_step()
+
+    def recover(self) -> None:
+        """Restart the ranks and begin a new epoch; everything that ran is preempted and will be sent whole again.
+
+        Each call counts as one epoch, failed or not. Raises what Executor.restart raises: call it again then.
+        """
+        self._in_flight.clear()
+        self._epoch += 1
+        self._next_step = 0
+        self.metrics.num_recoveries += 1
+        capacity = self.executor.restart()
+        assert capacity.block_size == self._blocks.block_size, "block_size never changes"
+        changed = capacity.num_blocks != self._blocks.num_blocks
+        unfinished = [s for group in self._groups.values() for s in group.sequences.values()]
+        self._scheduler.restart(capacity.num_blocks, unfinished)
+        if changed:
+            self._shrink()
+
+    def shutdown(self) -> None:
+        """End the ranks. Idempotent."""
+        self.executor.shutdown()
+
+    def stats(self) -> EngineStats:
+        scheduler, blocks, table = self._scheduler, self._blocks.stats(), self._table
+        rows = [sequence.row for sequence in scheduler.running()]
+        slots = int(table.num_slots[rows].sum()) if rows else 0
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            num_blocks=blocks.num_blocks,
+            free_blocks=blocks.free,
+            used_blocks=blocks.used,
+            cached_blocks=blocks.cached,
+            shared_blocks=blocks.shared,
+            saved_blocks=blocks.saved,
+            kv_utilization=int(table.num_computed[rows].sum()) / slots if slots else 1.0,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            preemptions=scheduler.num_preemptions,
+            steps=self.metrics.num_steps,
+            generated_tokens=self.metrics.generated_tokens,
+            recoveries=self.metrics.num_recoveries,
+        )
+
+    # Acceptance.
+
+    def _check(self, request: Request) -> int:
+        """Refuse what cannot be run. The length at which its samples end."""
+        params, config, count = request.params, self.config, request.num_prompt_tokens
+        if request.request_id in self._groups:
+            raise RequestError(f"request_id: {request.request_id!r} is already running", param="request_id")
+        if not count:
+            raise RequestError("prompt: it has no tokens, at least one is needed", param="prompt")
+        self._check_tokens("prompt", unpack(request.prompt))
+        for tokens in request.resume:
+            self._check_tokens("resume", unpack(tokens))
+        if len(request.resume) > params.num_sequences:
+            raise RequestError(
+                f"resume: {len(request.resume)} samples, the request has {params.num_sequences}", param="resume"
+            )
+        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            ids = getattr(params, field)
+            if ids:
+                self._check_tokens(field, np.array(list(ids), np.int64))
+        slots = self._blocks.num_blocks * self._blocks.block_size
+        for limit, what in (
+            (config.model_len - 1, f"max_model_len ({config.model_len}) leaves room for {config.model_len - 1}"),
+            (slots, f"the KV cache ({self._blocks.num_blocks} blocks of {self._blocks.block_size}) holds {slots}"),
+        ):
+            if count > limit:
+                raise PromptTooLong(f"prompt: {count} tokens are too many: {what}")
+        if not config.enable_chunked_prefill and count > config.max_num_batched_tokens:
+            raise PromptTooLong(
+                f"prompt: {count} tokens are too many: max_num_batched_tokens ({config.max_num_batched_tokens}) limits "
+                "a step, and enable_chunked_prefill is off"
+            )
+        return self._limit(params, count)
+
+    def _limit(self, params: SamplingParams, num_prompt_tokens: int) -> int:
+        """Where a sample ends: its own max_tokens, the model's context, the cache (a last token needs no slot)."""
+        limit = min(self.config.model_len, self._blocks.num_blocks * self._blocks.block_size + 1)
+        return limit if params.max_tokens is None else min(limit, num_prompt_tokens + params.max_tokens)
+
+    def _check_tokens(self, field: str, ids: npt.NDArray[Any]) -> None:
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if wrong.size:
+            raise RequestError(
+                f"{field}: token id {int(wrong[0])} is outside the vocabulary, 0 to {self.vocab_size - 1}", param=field
+            )
+
+    def _new_id(self) -> int:
+        """A sequence id that nothing in flight remembers: 31 bits, not used again for a long time."""
+        self._num_sequences = (self._num_sequences + 1) & 0x7FFFFFFF
+        return self._num_sequences
+
+    # Results.
+
+    def _read(self, scheduled: ScheduledStep, result: StepResult) -> list[SequenceOutput]:
+        """Append the tokens of a step to their sequences and end those that have stopped."""
+        table, samples, rows = self._table, scheduled.samples, scheduled.rows
+        tokens = unpack(result.token_ids)
+        for part in result.prompt_logprobs:
+            if (group := self._listeners.get(part.seq_id)) is not None:
+                group.gather(part)
+        logprobs: Logprobs = {entry.sample: _token_logprobs(entry) for entry in result.logprobs}
+        alive = table.seq_id[rows] == scheduled.seq_ids
+        if not alive.all():
+            keep = np.flatnonzero(alive)
+            self.metrics.surplus_tokens += len(rows) - len(keep)
+            rows, tokens = rows[keep], tokens[keep]
+            indices = keep.tolist()
+            samples = [samples[index] for index in indices]
+            if logprobs:
+                logprobs = {new: logprobs[old] for new, old in enumerate(indices) if old in logprobs}
+        if not samples:
+            return []
+        known = table.known[rows]
+        table.known[rows] = known + 1
+        drawn = tokens.tolist()
+        for sequence, token in zip(samples, drawn):
+            sequence.tokens.append(token)
+        outputs = [SequenceOutput(s.request_id, s.index, [token]) for s, token in zip(samples, drawn)]
+        for index, entry in logprobs.items():
+            outputs[index].logprobs = [entry]
+        self.metrics.generated_tokens += len(samples)
+        self._note_token_times(samples, rows, outputs)
+        if self._blocks.caching:
+            for index in np.flatnonzero(known % self._blocks.block_size == 0).tolist():
+                sequence = samples[index]
+                if sequence.status is Status.RUNNING:
+                    self._blocks.register(sequence, int(known[index]))
+        ends = (self._is_eos[tokens] & table.heeds_eos[rows]) | table.has_stop_ids[rows]
+        ends = (ends & (known >= table.stop_from[rows])) | (known + 1 >= table.limit[rows])
+        if ends.any():
+            for index in np.flatnonzero(ends).tolist():
+                sequence = samples[index]
+                if ended := self._ended(sequence, drawn[index]):
+                    outputs[index].finish_reason, outputs[index].stop_reason = ended
+                    self._end(sequence, ended[0])
+        return outputs
+
+    def _ended(self, sequence: Sequence, last: int) -> tuple[str, int | None] | None:
+        """Whether a sequence ends with its `last` token: finish reason and stop reason."""
+        params = sequence.group.request.params
+        if sequence.num_output_tokens > params.min_tokens:
+            if self._is_eos[last] and not params.ignore_eos:
+                return "stop", None
+            if last in params.stop_token_ids:
+                return "stop", last
+        return ("length", None) if sequence.num_tokens >= self._table.limit[sequence.row] else None
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        self.metrics.finished[reason] += 1
+        self._forget(sequence)
+
+    def _last_output(
+        self, sequence: Sequence, reason: str, stop: int | None, error: str | None = None
+    ) -> SequenceOutput:
+        """End a sequence that is in no step; what to tell of it."""
+        self._end(sequence, reason)
+        return SequenceOutput(
+            sequence.request_id, sequence.index, [], finish_reason=reason, stop_reason=stop, error=error
+        )
+
+    def _forget(self, sequence: Sequence) -> None:
+        group = sequence.group
+        del group.sequences[sequence.index]
+        self._listeners.pop(sequence.seq_id, None)
+        self._scheduler.finish(sequence)
+        if not group.sequences:
+            del self._groups[sequence.request_id]
+
+    def _shrink(self) -> None:
+        """The restarted ranks hold another number of blocks: move the limits, end what does not fit any more."""
+        for group in list(self._groups.values()):
+            for sequence in list(group.sequences.values()):
+                limit = self._limit(group.request.params, sequence.num_prompt_tokens)
+                self._table.limit[sequence.row] = limit
+                if sequence.num_tokens >= limit:
+                    error = f"after a restart the KV cache holds only {self._blocks.num_blocks} blocks"
+                    self._ready.append(self._last_output(sequence, "error", None, error))
+
+    def _note_first_steps(self, scheduled: ScheduledStep) -> None:
+        """Requests that were in no step before: how long they waited, and whether their prompt is listened to."""
+        for new in scheduled.plan.new:
+            group = self._groups[new.request_id]
+            if not group.started:
+                group.started = True
+                self.metrics.queue_s.observe(time.perf_counter() - group.accepted_s)
+            if new.params.prompt_logprobs is not None:
+                self._listeners[new.seq_id] = group
+
+    def _note_token_times(self, samples: list[Sequence], rows: RowArray, outputs: list[SequenceOutput]) -> None:
+        """Measure the gaps between tokens, and put what is told once on first tokens."""
+        table, now = self._table, time.perf_counter()
+        gaps = now - table.last_token_s[rows]
+        table.last_token_s[rows] = now
+        first = np.isnan(gaps)
+        if first.any():
+            for index in np.flatnonzero(first).tolist():
+                sequence, output = samples[index], outputs[index]
+                self.metrics.first_token_s.observe(now - sequence.group.accepted_s)
+                output.num_cached_tokens = sequence.num_cached
+                if sequence.wants_prompt_logprobs:
+                    output.prompt_logprobs, sequence.group.prompt_logprobs = sequence.group.prompt_logprobs, None
+                    self._listeners.pop(sequence.seq_id, None)
+            gaps = gaps[~first]
+        self.metrics.token_gap_s.observe_many(gaps)
+
+
+def _token_logprobs(entry: SampledLogprobs) -> TokenLogprobs:
+    top: list[float] = np.frombuffer(entry.top_logprobs, "<f4").tolist()
+    return TokenLogprobs(entry.logprob, entry.rank, unpack(entry.top_ids).tolist(), top)
