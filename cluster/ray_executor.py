@@ -22,7 +22,7 @@ from cluster.placement import Placement, place, rank_bundle
 from cluster.rank_loop import FAULT, decode_fault
 from cluster.recovery import StepClock
 from cluster.step_channel import ActorChannel, SocketChannel, StepChannel
-from cluster.worker_actor import RankFacts, actor_class, environment
+from cluster.worker_actor import MantaWorker, RankFacts, actor_class, environment
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ExecutorDied, MantaError
 from engine.executor import CacheCapacity
@@ -63,12 +63,14 @@ class RayExecutor:
         on_trouble: Callable[[], None] | None = None,
         resources_timeout_s: float = 600.0,
         load_timeout_s: float = 3600.0,
+        worker_class: type[MantaWorker] = MantaWorker,
     ) -> None:
         self._config, self._model_config = config, model_config
         self._group = placement_group
         self.name = name or f"manta:{Path(model_config.folder).name}"
         self._on_trouble = on_trouble or (lambda: None)
         self._resources_timeout_s, self._load_timeout_s = resources_timeout_s, load_timeout_s
+        self._worker_class = worker_class
         self._owns_ray = False
         self._placement: Placement | None = None
         self._ranks: list[Any] = []
@@ -139,7 +141,7 @@ class RayExecutor:
 
     def _spawn(self) -> None:
         assert self._placement is not None
-        actor, resources = actor_class(), rank_bundle(self._config)
+        actor, resources = actor_class(self._worker_class), rank_bundle(self._config)
         self._ranks = []
         for rank in range(self._config.tensor_parallel_size):
             name = f"{self.name}:rank{rank}"

@@ -10,20 +10,17 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import ray
 
 from cluster.framing import Ticket
-from cluster.rank_loop import Progress, RankLoop
+from cluster.rank_loop import Progress, RankLoop, StepWorker
 from cluster.step_channel import QueueLink, RankLink, SocketLink
 from engine.config import EngineConfig
 from engine.executor import CacheCapacity
 from engine.model_config import ModelConfig
-
-if TYPE_CHECKING:
-    from engine.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +40,16 @@ def on_thread(group: str) -> Callable[[Method], Method]:
     return decorate
 
 
+class RankWorker(StepWorker, Protocol):
+    """What the actor needs of engine.worker.worker.Worker."""
+
+    def measure(self) -> CacheCapacity: ...
+
+    def allocate(self, capacity: CacheCapacity) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class RankFacts(msgspec.Struct, frozen=True):
     """Where a rank is."""
 
@@ -57,7 +64,7 @@ class MantaWorker:
     def __init__(self, name: str, config: EngineConfig, model_config: ModelConfig, rank: int) -> None:
         self._name, self._rank = name, rank
         self._config, self._model_config = config, model_config
-        self._worker: Worker | None = None
+        self._worker: RankWorker | None = None
         self._loop: RankLoop | None = None
         self._queue_link = QueueLink()
         self._stage = "started"
@@ -87,22 +94,26 @@ class MantaWorker:
     @on_thread(DEVICE)
     def load(self, meeting: str, timeout_s: float) -> CacheCapacity:
         """Meet the other ranks at `meeting`, load this rank's share and measure what cache it can hold."""
+        config = self._config
+        bind_device(config)
         self._stage = "importing"
+        self._worker = self._load(meeting, timeout_s)
+        self._stage = "measuring memory"
+        return self._worker.measure()
+
+    def _load(self, meeting: str, timeout_s: float) -> RankWorker:
         from engine.parallel.group import connect
         from engine.worker.worker import Worker
 
-        config = self._config
-        bind_device(config)
-        model_config = self._model_config
+        config, model_config = self._config, self._model_config
         if not Path(model_config.folder).is_dir():
             model_config = ModelConfig.load(config)  # this node has its own copy
         self._stage = "meeting the other ranks"
         group = connect(self._rank, config.tensor_parallel_size, meeting, config.device, timeout_s)
-        self._worker = Worker(config, model_config, self._rank, group)
+        worker = Worker(config, model_config, self._rank, group)
         self._stage = "loading weights"
-        self._worker.load(progress=self._rank == 0)
-        self._stage = "measuring memory"
-        return self._worker.measure()
+        worker.load(progress=self._rank == 0)
+        return worker
 
     @on_thread(DEVICE)
     def allocate(self, capacity: CacheCapacity) -> None:
@@ -197,6 +208,6 @@ def set_up_logging(name: str) -> None:
         logger.propagate = False
 
 
-def actor_class() -> Any:
-    """MantaWorker as a Ray actor class."""
-    return ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(MantaWorker)
+def actor_class(worker_class: type[MantaWorker] = MantaWorker) -> Any:
+    """MantaWorker, or a subclass, as a Ray actor class."""
+    return ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(worker_class)
