@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels import sampling_triton
 from kernels.philox import gumbel_noise, gumbel_noise_at
 from kernels.registry import kernel
 
@@ -224,3 +225,49 @@ def gather_logprobs(logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tens
     rank = (x > chosen).sum(dim=-1) + 1
     top = torch.topk(x, min(top_n, x.shape[1]), dim=-1)
     return (chosen - normaliser)[:, 0], rank, top.indices, top.values - normaliser
+
+
+@kernel
+def local_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row and its lowest index: what one rank of a split vocabulary offers the others.
+
+    logits [B, V], any float dtype. Returns (values [B] float32, indices [B] int64).
+    """
+    indices = torch.argmax(logits, dim=-1)
+    return logits.gather(1, indices[:, None])[:, 0].float(), indices
+
+
+def _why_not(logits: Tensor, *_: object, **__: object) -> str | None:
+    return None if logits.stride(-1) == 1 else "a row's elements are not contiguous"
+
+
+@adjust_logits.triton(supports=_why_not)
+def _adjust_logits_triton(logits: Tensor, params: SamplingTensors) -> Tensor:
+    if params.penalties is None and params.bias is None and params.allowed is None:
+        return logits
+    return sampling_triton.adjust(logits, params.penalties, params.bias, params.allowed)
+
+
+@apply_penalties.triton(supports=_why_not)
+def _apply_penalties_triton(logits: Tensor, penalties: Penalties) -> None:
+    logits.copy_(sampling_triton.adjust(logits, penalties, None, None))
+
+
+@count_tokens.triton()
+def _count_tokens_triton(token_ids: Tensor, rows: Tensor, output_counts: Tensor) -> None:
+    sampling_triton.count_tokens(token_ids, rows, output_counts)
+
+
+@sample.triton(supports=_why_not)
+def _sample_triton(logits: Tensor, params: SamplingTensors) -> Tensor:
+    return sampling_triton.sample(_adjust_logits_triton(logits, params), params)
+
+
+@gather_logprobs.triton(supports=_why_not)
+def _gather_logprobs_triton(logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return sampling_triton.gather_logprobs(logits, token_ids, top_n)
+
+
+@local_argmax.triton(supports=_why_not)
+def _local_argmax_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return sampling_triton.local_argmax(logits)
