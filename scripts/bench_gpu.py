@@ -1,0 +1,364 @@
+"""Speed of the engine on GPUs, through the offline engine and through the Ray driver, beside recorded anchors.
+
+    python -m scripts.bench gpu --model llama3-8b
+    python -m scripts.bench gpu --model llama3-70b --tp 2 --engines ray --cases decode-1,decode-256,chat-greedy
+    python -m scripts.bench gpu --model micro --device cpu          a dry run
+
+Weights are dummies, output lengths forced. Every result is printed and written to the JSON file as it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.model_config import ModelConfig, resolve
+from engine.request import Request, SequenceOutput
+from engine.sampling_params import SamplingParams
+from scripts import workload
+from scripts.model_shapes import SHAPES, model_folder
+
+Workload = list[tuple[list[int], int]]
+
+
+@dataclass
+class Timeline:
+    """What came back, a step at a time."""
+
+    started_s: float
+    steps: list[tuple[float, int, int]] = field(default_factory=list)
+    """(when, tokens, requests whose first token was among them)."""
+    _seen: set[str] = field(default_factory=set)
+    finished: int = 0
+
+    def note(self, outputs: list[SequenceOutput]) -> None:
+        tokens = first = 0
+        for output in outputs:
+            tokens += len(output.token_ids)
+            if output.request_id not in self._seen:
+                self._seen.add(output.request_id)
+                first += 1
+            self.finished += output.finish_reason is not None
+            assert output.finish_reason in (None, "length"), output
+        self.steps.append((time.perf_counter(), tokens, first))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(tokens for _, tokens, _ in self.steps)
+
+    @property
+    def wall_s(self) -> float:
+        return self.steps[-1][0] - self.started_s
+
+    def step_ms(self, num_seqs: int) -> float:
+        """Mean time between steps in which each of `num_seqs` sequences drew a token and none its first."""
+        times = [when for when, tokens, first in self.steps if tokens == num_seqs and not first]
+        return (times[-1] - times[0]) / (len(times) - 1) * 1e3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload and the figure taken from it."""
+
+    unit: str
+    requests: Callable[[int], Workload]
+    measure: Callable[[Workload, Timeline], float]
+    params: dict[str, Any] = field(default_factory=dict)
+    lower_is_better: bool = False
+
+
+def _output_rate(_: Workload, timeline: Timeline) -> float:
+    return timeline.num_tokens / timeline.wall_s
+
+
+def _prompt_rate(requests: Workload, timeline: Timeline) -> float:
+    return sum(len(prompt) for prompt, _ in requests) / timeline.wall_s
+
+
+SAMPLED = {"temperature": 0.8, "top_p": 0.95}
+CASES: dict[str, Case] = {
+    "decode-1": Case("ms/token", lambda v: workload.fixed(1, v, 128, 257), lambda _, t: t.step_ms(1), {}, True),
+    "decode-256": Case("ms/step", lambda v: workload.fixed(256, v, 512, 257), lambda _, t: t.step_ms(256), {}, True),
+    "chat-greedy": Case("tokens/s", lambda v: workload.chat(1000, v), _output_rate),
+    "chat-sampled": Case("tokens/s", lambda v: workload.chat(1000, v), _output_rate, SAMPLED),
+    "chat500-greedy": Case("tokens/s", lambda v: workload.chat(500, v), _output_rate),
+    "prefill-32x4096": Case("prompt tokens/s", lambda v: workload.fixed(32, v, 4096, 1), _prompt_rate),
+    # Small ones, for dry runs.
+    "decode-8": Case("ms/step", lambda v: workload.fixed(8, v, 32, 33), lambda _, t: t.step_ms(8), {}, True),
+    "chat20-greedy": Case("tokens/s", lambda v: workload.chat(20, v, hi=64), _output_rate),
+    "chat20-sampled": Case("tokens/s", lambda v: workload.chat(20, v, hi=64), _output_rate, SAMPLED),
+}
+START = "start"
+
+# vLLM 0.24 on one H200 (TP=2: two), max_num_seqs 256, no prefix cache, 2026-11-21; and the physical limits.
+ANCHORS: dict[tuple[str, int, str], tuple[float, float | None]] = {
+    ("llama3-8b", 1, "decode-1"): (4.90, 3.5),
+    ("llama3-8b", 1, "decode-256"): (14.36, 11.0),
+    ("llama3-8b", 1, "chat-greedy"): (10569, None),
+    ("llama3-8b", 1, "chat-sampled"): (10459, None),
+    ("llama3-8b", 1, "prefill-32x4096"): (41372, 49000),
+    ("llama3-8b", 1, START): (80.3, None),
+    ("llama3-70b", 2, "decode-1"): (20.93, 16.2),
+    ("llama3-70b", 2, "decode-256"): (45.6, None),
+    ("llama3-70b", 2, "chat500-greedy"): (2154, None),
+    ("llama3-70b", 2, "prefill-32x4096"): (8226, None),
+    ("llama3-70b", 2, START): (139, None),
+}
+
+
+@dataclass
+class Report:
+    """Results as they come: printed, and written whole to a file each time."""
+
+    path: Path | None
+    model: str
+    tp: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, case: str, engine: str, value: float, unit: str, **more: Any) -> None:
+        anchor, limit = ANCHORS.get((self.model, self.tp, case), (None, None))
+        row = {"case": case, "engine": engine, "model": self.model, "tp": self.tp, "value": round(value, 3)}
+        row |= {"unit": unit, "anchor": anchor, "limit": limit, **more}
+        self.rows.append(row)
+        lower = unit.startswith(("ms", "s"))
+        ratio = (anchor / value if lower else value / anchor) if anchor and value else None
+        share = (limit / value if lower else value / limit) if limit and value else None
+        print(
+            f"{self.model} tp={self.tp} {engine:8} {case:18} {value:12,.2f} {unit:16}"
+            + (f" {ratio:5.2f} x vLLM 0.24 ({anchor:,})" if ratio else "")
+            + (f", {share:.0%} of the limit ({limit:,})" if share else "")
+            + (f"  {more}" if more else ""),
+            flush=True,
+        )
+        if self.path is not None:
+            self.path.write_text(json.dumps({"host": versions(), "results": self.rows}, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """What the figures were taken with."""
+    import torch
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "date": date.today().isoformat()}
+    if torch.cuda.is_available():
+        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+        found["cuda"] = str(torch.version.cuda)
+    for module in ("triton", "cupy", "ray"):
+        if module in sys.modules:
+            found[module] = str(sys.modules[module].__version__)
+    return found
+
+
+def make_config(args: argparse.Namespace) -> tuple[EngineConfig, ModelConfig]:
+    config = EngineConfig.from_args(
+        model=model_folder(args.model, Path(tempfile.gettempdir()) / "manta-shapes"),
+        load_format="dummy",
+        device=args.device,
+        tensor_parallel_size=args.tp,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        enable_prefix_caching=False,
+        enforce_eager=args.enforce_eager,
+        steps_ahead=args.steps_ahead,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+    )
+    model_config = ModelConfig.load(config)
+    return resolve(config, model_config), model_config
+
+
+def make_requests(case: str, requests: Workload, params: dict[str, Any]) -> Iterator[Request]:
+    for number, (prompt, length) in enumerate(requests):
+        sampling = SamplingParams(**{"temperature": 0.0, "seed": number, **params}, max_tokens=length, ignore_eos=True)
+        yield Request.create(f"{case}-{number}-{time.monotonic_ns()}", prompt, sampling, arrival_s=time.time())
+
+
+Run = Callable[[list[Request]], Timeline]
+
+
+@contextmanager
+def offline(config: EngineConfig, model_config: ModelConfig, report: Report) -> Iterator[Run]:
+    """LLMEngine over ranks of this process (one GPU) or over Ray's, stepped here."""
+    from engine.llm_engine import LLMEngine
+    from engine.local_executor import LocalExecutor
+
+    began_s = time.perf_counter()
+    executor: Any
+    if config.tensor_parallel_size == 1:
+        executor = LocalExecutor(config, model_config)
+    else:
+        from cluster.ray_executor import RayExecutor
+
+        executor = RayExecutor(config, model_config)
+    engine = LLMEngine(
+        config, executor, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids
+    )
+    engine.start()
+    report.add(START, "offline", time.perf_counter() - began_s, "s")
+
+    def run(requests: list[Request]) -> Timeline:
+        timeline = Timeline(time.perf_counter())
+        for request in requests:
+            engine.add_request(request)
+        while engine.has_unfinished:
+            timeline.note(engine.step())
+        return timeline
+
+    try:
+        yield run
+    finally:
+        engine.shutdown()
+
+
+@contextmanager
+def through_ray(config: EngineConfig, model_config: ModelConfig, report: Report) -> Iterator[Run]:
+    """A driver actor and its worker actors, over the driver's socket."""
+    began_s = time.perf_counter()
+    import ray
+
+    from cluster.driver import start_driver, stop_driver
+    from cluster.driver_client import DriverClient
+
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=True, logging_level="WARNING")
+    driver = start_driver(config, model_config, name=f"bench-{report.model}")
+    report.add(START, "ray", time.perf_counter() - began_s, "s")
+
+    async def drive(requests: list[Request]) -> Timeline:
+        done = asyncio.Event()
+        timeline = Timeline(0)
+
+        def note(outputs: list[SequenceOutput]) -> None:
+            timeline.note(outputs)
+            if timeline.finished == len(requests):
+                done.set()
+
+        client = await DriverClient.connect(driver, on_outputs=note)
+        timeline.started_s = time.perf_counter()
+        for request in requests:
+            client.submit(request)
+        await done.wait()
+        await client.close()
+        return timeline
+
+    try:
+        yield lambda requests: asyncio.run(drive(requests))
+    finally:
+        stop_driver(driver)
+
+
+def run_case(name: str, engine: str, run: Run, vocab_size: int, report: Report) -> None:
+    case = CASES[name]
+    workload_ = case.requests(vocab_size)
+    requests = list(make_requests(name, workload_, case.params))
+    timeline = run(requests)
+    expected = sum(length for _, length in workload_)
+    assert timeline.num_tokens == expected, f"{name}: {timeline.num_tokens} tokens instead of {expected}"
+    report.add(name, engine, case.measure(workload_, timeline), case.unit, wall_s=round(timeline.wall_s, 3))
+
+
+def warm_up(run: Run, vocab_size: int) -> float:
+    """A few requests, so that what is compiled once is not in the figures. Seconds it took."""
+    began_s = time.perf_counter()
+    for params in ({}, SAMPLED):
+        run(list(make_requests("warm-up", workload.chat(24, vocab_size, seed=99, hi=256), params)))
+    return time.perf_counter() - began_s
+
+
+def profile(run: Run, vocab_size: int, num_seqs: int, prompt_tokens: int, report: Report) -> None:
+    """Where a decode step's time goes, and the share of it in which the GPU is busy (offline engine only)."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    requests = list(make_requests("profile", workload.fixed(num_seqs, vocab_size, prompt_tokens, 40), {}))
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as traced:
+        timeline = run(requests)
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in traced.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    # The last 30 steps are decodes alone.
+    span_us = (timeline.steps[-1][0] - timeline.steps[-31][0]) * 1e6
+    end = max(stop for _, stop, _ in kernels)
+    kernels = [kernel for kernel in kernels if kernel[0] >= end - span_us]
+    busy, reached, totals = 0.0, kernels[0][0], dict[str, float]()
+    for start, stop, name in kernels:
+        busy += max(0.0, stop - max(start, reached))
+        reached = max(reached, stop)
+        totals[name] = totals.get(name, 0.0) + stop - start
+    share = busy / (reached - kernels[0][0])
+    top = sorted(totals.items(), key=lambda item: -item[1])[:24]
+    for name, total_us in top:
+        print(f"    {total_us / 30e3:8.3f} ms/step  {name[:110]}", flush=True)
+    report.add(f"busy-decode-{num_seqs}", "offline", share * 100, "%", top=[(n[:60], round(t / 30e3, 4)) for n, t in top])
+
+
+def measure_collectives(report: Report, engine: str, step_ms: dict[str, float]) -> None:
+    del report, engine, step_ms
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts.bench gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=sorted(SHAPES), default="llama3-8b")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--engines", default="offline,ray")
+    parser.add_argument("--cases", help="comma-separated; default: all those that have an anchor")
+    parser.add_argument("--profile", default="", help="numbers of sequences whose decode is profiled, offline only")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--steps-ahead", type=int, default=2)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--limit-s", type=float, default=1e9, help="begin no case after so many seconds")
+    parser.add_argument("--out", type=Path, help="JSON; default scripts/results/<host>-<date>.json")
+    args = parser.parse_args(argv)
+    args.engines = args.engines.split(",")
+    anchored = [case for model, tp, case in ANCHORS if (model, tp) == (args.model, args.tp) and case in CASES]
+    args.cases = args.cases.split(",") if args.cases else anchored or ["decode-8", "chat20-greedy", "chat20-sampled"]
+    unknown = set(args.cases) - set(CASES)
+    if unknown:
+        parser.error(f"unknown cases: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    if args.out is None:
+        results = Path(__file__).parent / "results"
+        results.mkdir(exist_ok=True)
+        args.out = results / f"{platform.node()}-{date.today().isoformat()}.json"
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """Run the cases asked for; returns the exit code."""
+    began_s = time.perf_counter()
+    args = parse(argv)
+    report = Report(args.out, args.model, args.tp)
+    config, model_config = make_config(args)
+    engines = {"offline": offline, "ray": through_ray}
+    failures = 0
+    for engine in args.engines:
+        with engines[engine](config, model_config, report) as run:
+            print(f"warm-up: {warm_up(run, model_config.vocab_size):.1f} s", flush=True)
+            for case in args.cases:
+                if time.perf_counter() - began_s > args.limit_s:
+                    print(f"{case}: left out, the time is up", flush=True)
+                    continue
+                run_case(case, engine, run, model_config.vocab_size, report)
+            if engine == "offline" and args.profile:
+                for count in args.profile.split(","):
+                    profile(run, model_config.vocab_size, int(count), 512 if int(count) > 1 else 128, report)
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
