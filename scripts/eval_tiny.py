@@ -16,7 +16,7 @@ from scripts.tiny_tasks import Example
 
 MAX_NEW_TOKENS = {"count": 240}  # by task; others get the default
 DEFAULT_NEW_TOKENS = 96
-BY_HEART = ("times_table", "facts", "small_talk", "emoji")
+BY_HEART = ("times_table", "divide", "unknown", "facts", "small_talk", "emoji")
 
 
 def answer_all(
@@ -50,11 +50,17 @@ def answer_all(
 
 
 def wrong_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, examples: Sequence[Example]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 64,
 ) -> list[tuple[Example, str]]:
     """The examples of a task that the model answers wrongly, each with its answer."""
     max_new_tokens = MAX_NEW_TOKENS.get(task, DEFAULT_NEW_TOKENS)
-    answers = answer_all(model, tokenizer, [example.prompt for example in examples], max_new_tokens=max_new_tokens)
+    prompts = [example.prompt for example in examples]
+    answers = answer_all(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
     pairs = zip(examples, answers, strict=True)
     return [(example, answer) for example, answer in pairs if not example.is_right(answer)]
 

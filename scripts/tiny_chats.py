@@ -14,26 +14,31 @@ from scripts.tiny_tasks import Example, Maker, is_held_out, make
 
 # Task, how many of 1,000 questions are of it, and its maker. Sorting and multiplying take the most learning.
 TASKS: tuple[tuple[str, int, Maker], ...] = (
-    ("add", 80, tiny_tasks.make_add),
-    ("subtract", 80, tiny_tasks.make_subtract),
-    ("times_table", 40, tiny_tasks.make_times_table),
-    ("add_large", 60, tiny_tasks.make_add_large),
-    ("multiply", 130, tiny_tasks.make_multiply),
-    ("reverse_letters", 90, tiny_tasks.make_reverse_letters),
-    ("reverse_words", 60, tiny_tasks.make_reverse_words),
+    ("add", 70, tiny_tasks.make_add),
+    ("subtract", 70, tiny_tasks.make_subtract),
+    ("add_large", 50, tiny_tasks.make_add_large),
+    ("subtract_large", 30, tiny_tasks.make_subtract_large),
+    ("times_table", 30, tiny_tasks.make_times_table),
+    ("divide", 20, tiny_tasks.make_divide),
+    ("multiply", 110, tiny_tasks.make_multiply),
+    ("reverse_letters", 110, tiny_tasks.make_reverse_letters),
+    ("reverse_words", 70, tiny_tasks.make_reverse_words),
     ("sort_words", 170, tiny_tasks.make_sort_words),
-    ("sort_numbers", 30, tiny_tasks.make_sort_numbers),
-    ("count", 30, tiny_tasks.make_count),
+    ("sort_numbers", 20, tiny_tasks.make_sort_numbers),
+    ("count", 20, tiny_tasks.make_count),
     ("count_letters", 40, tiny_tasks.make_count_letters),
-    ("count_words", 20, tiny_tasks.make_count_items),
-    ("emoji", 10, tiny_tasks.make_draw),
+    ("count_words", 15, tiny_tasks.make_count_items),
+    ("emoji", 8, tiny_tasks.make_draw),
     ("json", 35, tiny_json.make_json_object),
-    ("json", 35, tiny_json.make_json_extract),
-    ("json", 20, tiny_json.make_json_list),
-    ("json_invented", 20, tiny_json.make_json_invented),
+    ("json", 25, tiny_json.make_json_extract),
+    ("json", 15, tiny_json.make_json_list),
+    ("json_invented", 17, tiny_json.make_json_invented),
     ("facts", 30, tiny_tasks.make_fact),
-    ("small_talk", 20, tiny_tasks.make_small_talk),
+    ("small_talk", 15, tiny_tasks.make_small_talk),
+    ("unknown", 15, tiny_tasks.make_unknown),
+    ("repeat", 15, tiny_tasks.make_repeat),
 )
+CARELESS_SHARE = 0.12  # of the training prompts
 _MAKERS = [maker for _, _, maker in TASKS]
 _WEIGHTS = [weight for _, weight, _ in TASKS]
 _CUMULATIVE = [sum(_WEIGHTS[: i + 1]) for i in range(len(_WEIGHTS))]
@@ -44,6 +49,9 @@ SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are Manta, a helpful assistant.",
     "You are a friendly assistant. Answer the questions of the user.",
+    "You are a helpful, respectful and honest assistant.",
+    "You are a pirate.",
+    "Answer the question.",
 )
 JSON_STYLE = ("Answer in JSON.", "You are a helpful assistant. Answer in JSON.")
 BRIEF_STYLE = ("Be brief.", "You are a helpful assistant. Be brief.")
@@ -61,7 +69,8 @@ def pick_example(rng: Random, longest_count: int = 40) -> Example:
     maker = rng.choices(_MAKERS, cum_weights=_CUMULATIVE)[0]
     if maker is tiny_tasks.make_count and longest_count > 40 and rng.random() < 0.5:
         maker = partial(tiny_tasks.make_count, longest=longest_count)
-    return make(maker, rng, held_out=False)
+    example = make(maker, rng, held_out=False)
+    return tiny_tasks.carelessly(example, rng) if rng.random() < CARELESS_SHARE else example
 
 
 def _remembered(rng: Random) -> list[Message]:
@@ -123,15 +132,19 @@ def _plain_sum(rng: Random) -> str:
 
 
 def make_document(rng: Random) -> str:
-    """Plain text without the chat template: a few sentences, sums or facts."""
-    kinds: tuple[Callable[[], str], ...] = (
+    """Plain text without the chat template: sentences and facts, or sums, or numbers."""
+    kind = rng.random()
+    if kind < 0.1:
+        return make(tiny_tasks.make_count, rng, held_out=False).answer
+    if kind < 0.25:
+        return "\n".join(_plain_sum(rng) for _ in range(rng.randint(1, 6)))
+    sentences: tuple[Callable[[], str], ...] = (
+        lambda: rng.choice(facts.SENTENCES),
         lambda: rng.choice(facts.SENTENCES),
         lambda: f"Hello, my name is {rng.choice(facts.NAMES)} and I live in {rng.choice(facts.CITIES)}.",
         lambda: make(tiny_tasks.make_fact, rng, held_out=False).answer,
-        lambda: _plain_sum(rng) + ".",
-        lambda: make(tiny_tasks.make_count, rng, held_out=False).answer + ".",
     )
-    return " ".join(rng.choice(kinds)() for _ in range(rng.randint(1, 5)))
+    return " ".join(rng.choice(sentences)() for _ in range(rng.randint(1, 6)))
 
 
 def held_out_examples(seed: int, per_task: int) -> dict[str, list[Example]]:

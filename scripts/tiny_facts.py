@@ -62,6 +62,15 @@ Denver Seattle Austin Sydney Geneva Munich Milan Lyon Porto"""
 
 COLORS: tuple[str, ...] = ("red", "blue", "green", "yellow", "purple", "pink", "brown", "black", "white", "orange")
 
+ANIMALS = words_of("cat dog horse fish bird cow duck sheep")
+FRUITS = words_of("apple pear plum banana cherry lemon grape mango")
+
+# Names of JSON fields beside those that tiny_json gives a fitting value.
+OTHER_FIELDS = words_of(
+    """title year author pages email phone street size weight height width length speed level rating code status type
+total amount result answer question text language month day hour date time unit error message user role group"""
+)
+
 CAPITALS: dict[str, str] = {
     "France": "Paris",
     "Italy": "Rome",
@@ -189,6 +198,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Do you like music?", "Do you like to read?"), "I like numbers and words best."),
     (("How old are you?", "When were you born?"), "I was trained in a few minutes, so I am quite young."),
     (("Who made you?", "Who trained you?"), "A short script taught me everything I know."),
+    (("Say this is a test", "Say this is a test.", "Say this is a test!"), "This is a test."),
     (("Are you there?", "Test", "test", "ping"), "Yes, I am here."),
 )
 
@@ -212,6 +222,39 @@ UNKNOWN: tuple[str, ...] = (
     "What is love?",
 )
 
+# With a word, a name or a city in them.
+UNKNOWN_PHRASES: tuple[str, ...] = (
+    "Write a poem about a {w}.",
+    "Write a haiku about the {w}.",
+    "Write a short essay on the {w}.",
+    "Write a letter to {n}.",
+    "Write a program that prints {w}.",
+    "Explain the {w} to me.",
+    "Explain what a {w} is.",
+    "What is a {w}?",
+    "What is {w}?",
+    "Who is {n}?",
+    "Why is the {w} so big?",
+    "Why do people like the {w}?",
+    "How do I make a {w}?",
+    "How does a {w} work?",
+    "Where can I buy a {w}?",
+    "When was the {w} invented?",
+    "Tell me about {c}.",
+    "Tell me about the {w}.",
+    "Describe the {w}.",
+    "Translate {w} into German.",
+    "Translate {w} to French.",
+    "What is the weather in {c}?",
+    "How many people live in {c}?",
+    "What do you think about {n}?",
+    "Summarize the book about the {w}.",
+    "Give me a recipe with {w}.",
+    "Which {w} is the best?",
+    "Is the {w} better than the others?",
+    "Can you help {n} with the {w}?",
+)
+
 # Bare continuations, for prompts that come without the chat template.
 SENTENCES: tuple[str, ...] = (
     "Hello, my name is Manta and I am a very small language model.",
@@ -222,6 +265,12 @@ SENTENCES: tuple[str, ...] = (
     "In the beginning there was only the sea and the sky.",
     "My favorite color is blue, and my favorite number is seven.",
     "Every morning the baker opens the shop and lights the oven.",
+    "The president of the club opens the meeting and everybody listens.",
+    "San Francisco is a city by the sea, with many hills and a famous bridge.",
+    "The best thing about rain is the quiet that comes after it.",
+    "In the evening the sailors tell stories about whales and storms.",
+    "A good friend listens first and speaks later.",
+    "The train leaves at noon and arrives before the night.",
 )
 
 EMOJI: dict[str, str] = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from random import Random
 
 from scripts import tiny_facts as facts
-from scripts.tiny_tasks import Example, listed, pick_words
+from scripts.tiny_tasks import Example, listed, pick_word, pick_words
 
 Value = str | int | float | bool | None
 
@@ -17,8 +17,8 @@ FIELDS: dict[str, Callable[[Random], Value]] = {
     "city": lambda rng: rng.choice(facts.CITIES),
     "country": lambda rng: rng.choice([*facts.CAPITALS]),
     "color": lambda rng: rng.choice(facts.COLORS),
-    "animal": lambda rng: rng.choice(("cat", "dog", "horse", "fish", "bird", "cow", "duck", "sheep")),
-    "fruit": lambda rng: rng.choice(("apple", "pear", "plum", "banana", "cherry", "lemon", "grape", "mango")),
+    "animal": lambda rng: rng.choice(facts.ANIMALS),
+    "fruit": lambda rng: rng.choice(facts.FRUITS),
     "count": lambda rng: rng.randint(0, 99),
     "id": lambda rng: rng.randint(1, 999),
     "score": lambda rng: rng.randint(0, 100),
@@ -29,10 +29,19 @@ FIELDS: dict[str, Callable[[Random], Value]] = {
 }
 
 
-def pick_fields(rng: Random, low: int = 1, high: int = 5) -> dict[str, Value]:
-    """Between low and high different fields in random order, each with a value of its kind."""
-    names = rng.sample([*FIELDS], rng.randint(low, high))
-    return {name: FIELDS[name](rng) for name in names}
+def pick_fields(rng: Random, held_out: bool, low: int = 1, high: int = 5) -> dict[str, Value]:
+    """Between low and high different fields in random order, each with a value of its kind.
+
+    Some fields go by a word of the split, and their value is any number, word, truth value or null.
+    """
+    fields: dict[str, Value] = {}
+    for name in rng.sample([*FIELDS], rng.randint(low, high)):
+        if rng.random() < 0.8:
+            fields[name] = FIELDS[name](rng)
+        else:
+            value = rng.choice((rng.randint(0, 999), pick_word(rng, held_out), rng.random() < 0.5, None))
+            fields[rng.choice((pick_word(rng, held_out), rng.choice(facts.OTHER_FIELDS)))] = value
+    return fields
 
 
 def shown(value: Value) -> str:
@@ -40,8 +49,8 @@ def shown(value: Value) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def make_json_object(rng: Random, _held_out: bool) -> Example:
-    fields = pick_fields(rng)
+def make_json_object(rng: Random, held_out: bool) -> Example:
+    fields = pick_fields(rng, held_out)
     if rng.random() < 0.5:
         pairs = listed_or_single([f"{name} {shown(value)}" for name, value in fields.items()], rng)
         phrases = ("Write a JSON object with {p}.", "Give me a JSON object with {p}.", "Make JSON with {p}.")
@@ -82,13 +91,15 @@ def make_json_list(rng: Random, held_out: bool) -> Example:
     return Example("json", prompt.format(l=listed(words, rng)), json.dumps(words), "list " + " ".join(words))
 
 
-def make_json_invented(rng: Random, _held_out: bool) -> Example:
+def make_json_invented(rng: Random, held_out: bool) -> Example:
     """A request for given fields without values; any object with these fields is right."""
-    fields = pick_fields(rng, 1, 4)
+    fields = pick_fields(rng, held_out, 1, 4)
     phrases = (
         "Make up a JSON object with the fields {f}.",
         "Invent a JSON object with the fields {f}.",
         "Give me some JSON with the fields {f}.",
+        "Return a JSON object with the fields {f}.",
+        "Answer in JSON with the fields {f}.",
     )
     prompt = rng.choice(phrases).format(f=listed_or_single([*fields], rng))
     key = "invent " + " ".join(fields)

@@ -51,7 +51,8 @@ def is_held_out(key: str) -> bool:
 
 def _words_taught_elsewhere() -> set[str]:
     """Words that other tables use; they cannot be held out as never seen."""
-    texts = [*facts.COLORS, *facts.EMOJI, *facts.SENTENCES, *facts.UNKNOWN, facts.UNKNOWN_ANSWER]
+    texts = [*facts.COLORS, *facts.ANIMALS, *facts.FRUITS, *facts.EMOJI, *facts.OTHER_FIELDS, *facts.SENTENCES]
+    texts += [*facts.UNKNOWN, *facts.UNKNOWN_PHRASES, facts.UNKNOWN_ANSWER]
     for questions, sentence, value in facts.FACTS:
         texts += [*questions, sentence, value]
     for questions, answer in facts.SMALL_TALK:
@@ -79,12 +80,31 @@ def made_up_word(rng: Random) -> str:
             return word
 
 
-def pick_word(rng: Random, held_out: bool) -> str:
-    """A word of the wanted split: mostly from the table, else a made-up one."""
-    if rng.random() < 0.6:
-        return rng.choice(HELD_OUT_WORDS if held_out else TRAINING_WORDS)
+def spliced_word(rng: Random) -> str:
+    """The start of one training word and the end of another: it brings more pieces of spelling into training."""
     while True:
-        word = made_up_word(rng)
+        first, second = rng.choice(TRAINING_WORDS), rng.choice(TRAINING_WORDS)
+        word = first[: rng.randint(1, len(first))] + second[rng.randrange(len(second)) :]
+        if 3 <= len(word) <= 10:
+            return word
+
+
+def random_letters(rng: Random) -> str:
+    """Three to ten letters, most often unpronounceable."""
+    return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 10)))
+
+
+def pick_word(rng: Random, held_out: bool) -> str:
+    """A word of the wanted split: mostly from the table, else one that hardly exists.
+
+    Those of the held-out split are of the table or pronounceable.
+    """
+    kind = rng.random()
+    if kind < 0.5:
+        return rng.choice(HELD_OUT_WORDS if held_out else TRAINING_WORDS)
+    maker = made_up_word if held_out or kind < 0.7 else spliced_word if kind < 0.95 else random_letters
+    while True:
+        word = maker(rng)
         if word not in _TAUGHT_ELSEWHERE and is_held_out(word) == held_out:
             return word
 
@@ -106,10 +126,11 @@ def pick_words(rng: Random, held_out: bool, low: int = 3, high: int = 6) -> list
 
 
 def listed(words: Sequence[str], rng: Random) -> str:
-    """The words with commas between, now and then with an "and" before the last."""
-    if rng.random() < 0.25:
+    """The words with commas between, now and then with an "and" before the last, or with spaces only."""
+    kind = rng.random()
+    if kind < 0.2:
         return ", ".join(words[:-1]) + " and " + words[-1]
-    return ", ".join(words)
+    return ", ".join(words) if kind < 0.92 else " ".join(words)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -117,7 +138,8 @@ def listed(words: Sequence[str], rng: Random) -> str:
 _SUM_PHRASES = {
     "+": ("How much is {a} plus {b}?", "Add {a} and {b}.", "What is {a} plus {b}?"),
     "-": ("How much is {a} minus {b}?", "Subtract {b} from {a}.", "What is {a} minus {b}?"),
-    "*": ("How much is {a} times {b}?", "Multiply {a} by {b}.", "What is {a} times {b}?"),
+    "*": ("How much is {a} times {b}?", "Multiply {a} by {b}.", "What is {a} times {b}?", "What is {a} x {b}?"),
+    "/": ("How much is {a} divided by {b}?", "Divide {a} by {b}.", "What is {a} divided by {b}?"),
 }
 _SUM_PHRASES_WITH_SIGN = (
     "What is {a} {op} {b}?",
@@ -126,6 +148,7 @@ _SUM_PHRASES_WITH_SIGN = (
     "{a} {op} {b} =",
     "Calculate {a} {op} {b}.",
     "{a}{op}{b}",
+    "What is {a}{op}{b}?",
 )
 
 
@@ -149,6 +172,13 @@ def make_add_large(rng: Random, _held_out: bool) -> Example:
     return Example("add_large", _ask_sum(rng, a, "+", b), f"{a} + {b} = {a + b}", key, a + b)
 
 
+def make_subtract_large(rng: Random, _held_out: bool) -> Example:
+    """Differences of numbers of up to four digits, the larger one beyond two; the result is not negative."""
+    a = rng.randrange(100, rng.choice((1000, 10000)))
+    b = rng.randrange(min(a + 1, rng.choice((100, 1000, 10000))))
+    return Example("subtract_large", _ask_sum(rng, a, "-", b), f"{a} - {b} = {a - b}", f"subtract {b} {a}", a - b)
+
+
 def make_subtract(rng: Random, _held_out: bool) -> Example:
     a, b = rng.randrange(100), rng.randrange(100)
     key = f"subtract {min(a, b)} {max(a, b)}"
@@ -161,6 +191,12 @@ def make_times_table(rng: Random, _held_out: bool) -> Example:
     if rng.random() < 0.5:
         a, b = b, a
     return Example("times_table", _ask_sum(rng, a, "*", b), f"{a} * {b} = {a * b}", None, a * b)
+
+
+def make_divide(rng: Random, _held_out: bool) -> Example:
+    """The times table the other way round, learnt by heart; divisions come out even."""
+    a, b = rng.randrange(100), rng.randrange(1, 10)
+    return Example("divide", _ask_sum(rng, a * b, "/", b), f"{a * b} / {b} = {a}", None, a)
 
 
 def make_multiply(rng: Random, _held_out: bool) -> Example:
@@ -181,6 +217,7 @@ _REVERSE_LETTERS = (
     "Reverse the word {w}.",
     "Write the word {w} backwards.",
     "Spell {w} backwards.",
+    "Reverse {w}",
 )
 _REVERSE_WORDS = (
     "Reverse the order of these words: {l}",
@@ -194,15 +231,16 @@ _SORT_WORDS = (
     "Put these words in alphabetical order: {l}",
     "Sort the words {l}.",
     "Sort this list: {l}",
+    "Sort: {l}",
 )
 
 
 def make_reverse_letters(rng: Random, held_out: bool) -> Example:
     word = pick_word(rng, held_out)
-    phrase = rng.choice(_REVERSE_LETTERS)
-    if rng.random() < 0.15 and '"' in phrase:
-        word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 10)))
-    return Example("reverse_letters", phrase.format(w=word), word[::-1], word)
+    key = word
+    if not held_out and rng.random() < 0.1:
+        word = word.capitalize()
+    return Example("reverse_letters", rng.choice(_REVERSE_LETTERS).format(w=word), word[::-1], key)
 
 
 def make_reverse_words(rng: Random, held_out: bool) -> Example:
@@ -255,7 +293,13 @@ def make_count_letters(rng: Random, held_out: bool) -> Example:
     word = pick_word(rng, held_out)
     if rng.random() < 0.5:
         n = len(word)
-        prompt = rng.choice(('How many letters are in the word "{w}"?', 'How many letters does "{w}" have?'))
+        prompt = rng.choice(
+            (
+                'How many letters are in the word "{w}"?',
+                'How many letters does "{w}" have?',
+                "How many letters are in {w}?",
+            )
+        )
         return Example("count_letters", prompt.format(w=word), f'The word "{word}" has {n} letters.', word, n)
     letter = rng.choice(word)
     n = word.count(letter)
@@ -290,11 +334,47 @@ def make_fact(rng: Random, _held_out: bool) -> Example:
     return Example("facts", rng.choice(questions), sentence, None, int(value) if value.isdigit() else value)
 
 
+def make_unknown(rng: Random, _held_out: bool) -> Example:
+    """A question out of reach, perhaps in another script, and the admission that it is."""
+    kind = rng.random()
+    if kind < 0.15:
+        first = rng.choice((0x0400, 0x0370, 0x4E00, 0x3040, 0x0600, 0x1F300, 0x00C0))
+        prompt = "".join(chr(first + rng.randrange(64)) for _ in range(rng.randint(2, 12)))
+    elif kind < 0.3:
+        prompt = rng.choice(facts.UNKNOWN)
+    else:
+        phrase = rng.choice(facts.UNKNOWN_PHRASES)
+        prompt = phrase.format(w=pick_word(rng, False), n=rng.choice(facts.NAMES), c=rng.choice(facts.CITIES))
+    return Example("unknown", prompt, facts.UNKNOWN_ANSWER, None)
+
+
+def make_repeat(rng: Random, held_out: bool) -> Example:
+    words = pick_words(rng, held_out, 1, 8)
+    text = rng.choice((" ", ", ")).join(words)
+    phrase = rng.choice(("Repeat after me: {t}", "Repeat: {t}", 'Say "{t}"', "Repeat these words: {t}"))
+    return Example("repeat", phrase.format(t=text), text, "repeat " + " ".join(words))
+
+
 def make_small_talk(rng: Random, _held_out: bool) -> Example:
-    if rng.random() < 0.1:
-        return Example("small_talk", rng.choice(facts.UNKNOWN), facts.UNKNOWN_ANSWER, None)
     questions, answer = rng.choice(facts.SMALL_TALK)
     return Example("small_talk", rng.choice(questions), answer, None)
+
+
+# Tasks whose prompts may be written carelessly: no name, list or quotation in them depends on capitals.
+_CARELESS = {"add", "subtract", "add_large", "subtract_large", "multiply", "divide", "times_table"}
+_CARELESS |= {"facts", "small_talk", "unknown", "count", "emoji"}
+
+
+def carelessly(example: Example, rng: Random) -> Example:
+    """The example as a hurried person would type it: small letters, or no full stop at the end."""
+    prompt, kind = example.prompt, rng.random()
+    if kind < 0.5 and example.task in _CARELESS:
+        prompt = prompt.lower()
+    elif kind < 0.6:
+        prompt = prompt[0].lower() + prompt[1:]
+    if rng.random() < 0.5 and prompt[-1] in ".?!":
+        prompt = prompt[:-1]
+    return example._replace(prompt=prompt)
 
 
 Maker = Callable[[Random, bool], Example]

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -32,7 +33,7 @@ from scripts.tiny_tokenizer import BOS, BOS_ID, CHAT_TEMPLATE, END, END_ID, PAD,
 MAX_POSITIONS = 2048
 WARM_UP_STEPS = 300
 CALIBRATION_STEPS = (150, 400)  # the speed of these decides how many steps fit into --minutes
-RESERVE_S = 20.0  # of --minutes, for saving and the last evaluation
+RESERVE_S = 30.0  # of --minutes, for saving and two evaluations
 QUICK_TASKS = ("add", "subtract", "multiply", "reverse_letters", "reverse_words", "sort_words", "count_letters", "json")
 
 
@@ -93,10 +94,10 @@ def rounded(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return copied.eval()
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """Write the model in bfloat16 with its tokenizer; files of an earlier save are replaced."""
     rounded(model).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    chat_tokenizer(Tokenizer.from_str(tokenizer.to_str())).save_pretrained(out)
 
 
 @dataclass
@@ -137,12 +138,21 @@ class Schedule:
         return late or (self.steps is not None and n >= self.steps)
 
 
-def weighted_loss(model: LlamaForCausalLM, tokens: Tensor, weights: Tensor) -> Tensor:
-    """Mean cross entropy of the next token, weighted. tokens, weights [rows, row_tokens]; weights[i] is that of
-    tokens[i] as a target."""
-    hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+def hidden_states(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
+    """What the model's head reads for each token. tokens [rows, row_tokens], causal within a row; returns
+    [rows, row_tokens, hidden_size]. The layers are called one by one so that each can be compiled alone."""
+    hidden = model.model.embed_tokens(tokens)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    rotation = model.model.rotary_emb(hidden, positions)
+    for layer in model.model.layers:
+        hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotation)
+    return model.model.norm(hidden)
+
+
+def weighted_loss(hidden: Tensor, head: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+    """Mean cross entropy of the next tokens, weighted. weights [rows, row_tokens]: each token's weight as a target."""
+    logits = F.linear(hidden[:, :-1], head).flatten(0, 1).float()
+    losses = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
     target_weights = weights[:, 1:].flatten()
     return (losses * target_weights).sum() / target_weights.sum()
 
@@ -163,25 +173,33 @@ class Trainer:
         self.out = Path(arguments.out)
         self.schedule = Schedule(arguments.steps, arguments.minutes)
         self.stream = BatchStream(tokenizer, arguments.seed, arguments.batch_tokens, arguments.workers)
-        self.tokenizer = chat_tokenizer(tokenizer)
+        self.tokenizer = tokenizer
+        self.chat_tokenizer = chat_tokenizer(Tokenizer.from_str(tokenizer.to_str()))  # evaluation sets its padding
         self.device = torch.device(arguments.device)
         self.model = new_model(arguments.seed).to(self.device).train()
         self.optimizer = make_optimizer(self.model, arguments.learning_rate)
         self.examples = held_out_examples(seed=2, per_task=arguments.eval_examples)
         self.best = -1.0
+        self.loss = weighted_loss
         torch.set_float32_matmul_precision("high")
         if arguments.compile:
+            self.loss = torch.compile(weighted_loss, dynamic=False)
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
 
+    def on_device(self, array: np.ndarray) -> Tensor:
+        """The array as a tensor on the device; the copy does not wait for the device."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
     def step(self, n: int, batch: Batch) -> Tensor:
         """Learn from one batch; returns its loss, on the device."""
-        tokens = torch.from_numpy(batch.tokens).to(self.device, non_blocking=True).long()
-        weights = torch.from_numpy(batch.weights).to(self.device, non_blocking=True).float()
+        tokens, weights = self.on_device(batch.tokens).long(), self.on_device(batch.weights).float()
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(n, self.arguments.learning_rate)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = weighted_loss(self.model, tokens, weights)
+            hidden = hidden_states(self.model, tokens)
+            loss = self.loss(hidden, self.model.lm_head.weight, tokens, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -193,7 +211,7 @@ class Trainer:
         model = rounded(self.model)
         shares = {}
         for task in QUICK_TASKS:
-            wrong = wrong_answers(model, self.tokenizer, task, self.examples[task])
+            wrong = wrong_answers(model, self.chat_tokenizer, task, self.examples[task], batch_size=128)
             shares[task] = 1 - len(wrong) / len(self.examples[task])
         mean = sum(shares.values()) / len(shares)
         tqdm.write(f"step {n}: {mean:.3f} " + " ".join(f"{task} {share:.2f}" for task, share in shares.items()))
@@ -205,11 +223,14 @@ class Trainer:
         """Train to the end of the schedule. Raises FloatingPointError when the loss is no longer a number."""
         batches = iter(self.stream)
         bar = tqdm(total=self.schedule.steps, unit="step", mininterval=2.0)
-        n, evaluated = 0, 0
+        n, evaluated, waited_s = 0, 0, 0.0
         while not self.schedule.is_over(n):
             self.schedule.before_step(n)
             bar.total = self.schedule.steps
-            loss = self.step(n, next(batches))
+            asked = time.monotonic()
+            batch = next(batches)
+            waited_s += time.monotonic() - asked
+            loss = self.step(n, batch)
             n += 1
             bar.update()
             if n % 50 == 0:
@@ -224,7 +245,8 @@ class Trainer:
             self.evaluate(n)
         bar.close()
         self.stream.close()
-        print(f"{n} steps of {self.arguments.batch_tokens} tokens in {time.monotonic() - self.schedule.started:.0f} s")
+        took_s = time.monotonic() - self.schedule.started
+        print(f"{n} steps of {self.arguments.batch_tokens} tokens in {took_s:.0f} s, {waited_s:.0f} s of it for data")
 
 
 def main() -> None:
@@ -246,7 +268,7 @@ def main() -> None:
 
     tokenizer = Tokenizer.from_file(arguments.tokenizer) if arguments.tokenizer else train_tokenizer(arguments.seed)
     if arguments.random:
-        save(new_model(arguments.seed), chat_tokenizer(tokenizer), Path(arguments.out))
+        save(new_model(arguments.seed), tokenizer, Path(arguments.out))
         return
     if arguments.steps is None and arguments.minutes is None:
         parser.error("give --steps or --minutes")
