@@ -147,7 +147,8 @@ class BlockManager:
     def register(self, sequence: Sequence, num_tokens: int) -> None:
         """Let others find the full blocks of a sequence's first `num_tokens`.
 
-        These must be known, and computed by steps already submitted. A block whose contents another block holds already stays unknown.
+        These must be known, and computed by steps already submitted. A block whose contents another block holds already
+        stays unknown.
         """
         if not self.caching:
             return

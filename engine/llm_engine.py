@@ -80,9 +80,8 @@ class LLMEngine:
     def start(self) -> CacheCapacity:
         """Start the ranks; what they can hold. Must come before anything else."""
         capacity = self.executor.start()
-        self._blocks = BlockManager(capacity.num_blocks, capacity.block_size, caching=self.config.enable_prefix_caching)
-        self._scheduler = Scheduler(self.config, self._blocks)
-        self._table = self._scheduler.table
+        self.blocks = BlockManager(capacity.num_blocks, capacity.block_size, caching=self.config.enable_prefix_caching)
+        self.scheduler = Scheduler(self.config, self.blocks)
         return capacity
 
     # Requests.
@@ -99,15 +98,15 @@ class LLMEngine:
         key = (params.priority if self.config.policy == "priority" else 0, request.arrival_s, self._num_arrivals)
         self._num_arrivals += 1
         for index in range(params.num_sequences):
-            sequence = Sequence(group, index, self._new_id(), (*key, index), limit, self._table)
+            sequence = Sequence(group, index, self._new_id(), (*key, index), limit, self.scheduler.table)
             group.sequences[index] = sequence
         self._groups[request.request_id] = group
         self.metrics.num_requests += 1
         self.metrics.prompt_tokens += request.num_prompt_tokens
+        self.scheduler.enqueue(group, list(group.sequences.values()))
         for sequence in list(group.sequences.values()):
             if sequence.num_output_tokens and (ended := self._ended(sequence, sequence.tokens[-1])):
                 self._ready.append(self._last_output(sequence, *ended))
-        self._scheduler.enqueue(group, list(group.sequences.values()))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one sample of it; nothing more comes of it. Its blocks are free for the next step.
@@ -147,7 +146,7 @@ class LLMEngine:
         """
         if len(self._in_flight) >= self.config.steps_ahead:
             return False
-        scheduled = self._scheduler.schedule(self._epoch, self._next_step)
+        scheduled = self.scheduler.schedule(self._epoch, self._next_step)
         if scheduled is None:
             if not self._ready or self._in_flight:
                 return False
@@ -204,10 +203,10 @@ class LLMEngine:
         self._next_step = 0
         self.metrics.num_recoveries += 1
         capacity = self.executor.restart()
-        assert capacity.block_size == self._blocks.block_size, "block_size never changes"
-        changed = capacity.num_blocks != self._blocks.num_blocks
+        assert capacity.block_size == self.blocks.block_size, "block_size never changes"
+        changed = capacity.num_blocks != self.blocks.num_blocks
         unfinished = [s for group in self._groups.values() for s in group.sequences.values()]
-        self._scheduler.restart(capacity.num_blocks, unfinished)
+        self.scheduler.restart(capacity.num_blocks, unfinished)
         if changed:
             self._shrink()
 
@@ -216,7 +215,7 @@ class LLMEngine:
         self.executor.shutdown()
 
     def stats(self) -> EngineStats:
-        scheduler, blocks, table = self._scheduler, self._blocks.stats(), self._table
+        scheduler, blocks, table = self.scheduler, self.blocks.stats(), self.scheduler.table
         rows = [sequence.row for sequence in scheduler.running()]
         slots = int(table.num_slots[rows].sum()) if rows else 0
         return EngineStats(
@@ -257,10 +256,10 @@ class LLMEngine:
             ids = getattr(params, field)
             if ids:
                 self._check_tokens(field, np.array(list(ids), np.int64))
-        slots = self._blocks.num_blocks * self._blocks.block_size
+        slots = self.blocks.num_blocks * self.blocks.block_size
         for limit, what in (
             (config.model_len - 1, f"max_model_len ({config.model_len}) leaves room for {config.model_len - 1}"),
-            (slots, f"the KV cache ({self._blocks.num_blocks} blocks of {self._blocks.block_size}) holds {slots}"),
+            (slots, f"the KV cache ({self.blocks.num_blocks} blocks of {self.blocks.block_size}) holds {slots}"),
         ):
             if count > limit:
                 raise PromptTooLong(f"prompt: {count} tokens are too many: {what}")
@@ -273,7 +272,7 @@ class LLMEngine:
 
     def _limit(self, params: SamplingParams, num_prompt_tokens: int) -> int:
         """Where a sample ends: its own max_tokens, the model's context, the cache (a last token needs no slot)."""
-        limit = min(self.config.model_len, self._blocks.num_blocks * self._blocks.block_size + 1)
+        limit = min(self.config.model_len, self.blocks.num_blocks * self.blocks.block_size + 1)
         return limit if params.max_tokens is None else min(limit, num_prompt_tokens + params.max_tokens)
 
     def _check_tokens(self, field: str, ids: npt.NDArray[Any]) -> None:
@@ -292,7 +291,7 @@ class LLMEngine:
 
     def _read(self, scheduled: ScheduledStep, result: StepResult) -> list[SequenceOutput]:
         """Append the tokens of a step to their sequences and end those that have stopped."""
-        table, samples, rows = self._table, scheduled.samples, scheduled.rows
+        table, samples, rows = self.scheduler.table, scheduled.samples, scheduled.rows
         tokens = unpack(result.token_ids)
         for part in result.prompt_logprobs:
             if (group := self._listeners.get(part.seq_id)) is not None:
@@ -319,11 +318,11 @@ class LLMEngine:
             outputs[index].logprobs = [entry]
         self.metrics.generated_tokens += len(samples)
         self._note_token_times(samples, rows, outputs)
-        if self._blocks.caching:
-            for index in np.flatnonzero(known % self._blocks.block_size == 0).tolist():
+        if self.blocks.caching:
+            for index in np.flatnonzero(known % self.blocks.block_size == 0).tolist():
                 sequence = samples[index]
                 if sequence.status is Status.RUNNING:
-                    self._blocks.register(sequence, int(known[index]))
+                    self.blocks.register(sequence, int(known[index]))
         ends = (self._is_eos[tokens] & table.heeds_eos[rows]) | table.has_stop_ids[rows]
         ends = (ends & (known >= table.stop_from[rows])) | (known + 1 >= table.limit[rows])
         if ends.any():
@@ -342,7 +341,7 @@ class LLMEngine:
                 return "stop", None
             if last in params.stop_token_ids:
                 return "stop", last
-        return ("length", None) if sequence.num_tokens >= self._table.limit[sequence.row] else None
+        return ("length", None) if sequence.num_tokens >= self.scheduler.table.limit[sequence.row] else None
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         self.metrics.finished[reason] += 1
@@ -361,7 +360,7 @@ class LLMEngine:
         group = sequence.group
         del group.sequences[sequence.index]
         self._listeners.pop(sequence.seq_id, None)
-        self._scheduler.finish(sequence)
+        self.scheduler.finish(sequence)
         if not group.sequences:
             del self._groups[sequence.request_id]
 
@@ -370,9 +369,9 @@ class LLMEngine:
         for group in list(self._groups.values()):
             for sequence in list(group.sequences.values()):
                 limit = self._limit(group.request.params, sequence.num_prompt_tokens)
-                self._table.limit[sequence.row] = limit
+                self.scheduler.table.limit[sequence.row] = limit
                 if sequence.num_tokens >= limit:
-                    error = f"after a restart the KV cache holds only {self._blocks.num_blocks} blocks"
+                    error = f"after a restart the KV cache holds only {self.blocks.num_blocks} blocks"
                     self._ready.append(self._last_output(sequence, "error", None, error))
 
     def _note_first_steps(self, scheduled: ScheduledStep) -> None:
@@ -387,7 +386,7 @@ class LLMEngine:
 
     def _note_token_times(self, samples: list[Sequence], rows: RowArray, outputs: list[SequenceOutput]) -> None:
         """Measure the gaps between tokens, and put what is told once on first tokens."""
-        table, now = self._table, time.perf_counter()
+        table, now = self.scheduler.table, time.perf_counter()
         gaps = now - table.last_token_s[rows]
         table.last_token_s[rows] = now
         first = np.isnan(gaps)

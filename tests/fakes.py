@@ -80,12 +80,13 @@ class HashExecutor:
         config: EngineConfig,
         num_blocks: int = 1000,
         *,
+        block_size: int | None = None,
         eos_every: int = 20,
         lazy: bool = False,
         fail_at: frozenset[int] = frozenset(),
         model: Callable[[list[int], int], int] = attend,
     ) -> None:
-        self.config, self.num_blocks, self.block_size = config, num_blocks, config.block_size
+        self.config, self.num_blocks, self.block_size = config, num_blocks, block_size or config.block_size
         self.eos_every, self.lazy, self.fail_at, self.model = eos_every, lazy, fail_at, model
         self.epoch = 0
         self.plans: list[StepPlan] = []
@@ -312,11 +313,8 @@ def engine_config(**changes: object) -> EngineConfig:
     return EngineConfig.from_args(**settings)
 
 
-def expected_tokens(
-    request: Request, model_len: int, eos_every: int = 20, ignore: frozenset[int] = frozenset()
-) -> list[tuple[list[int], str]]:
+def expected_tokens(request: Request, model_len: int, eos_every: int = 20) -> list[tuple[list[int], str]]:
     """The output tokens and the finish reason of each sample, computed straight from the definition."""
-    del ignore
     params, prompt = request.params, request.prompt_token_ids
     results = []
     for index in range(params.num_sequences):
