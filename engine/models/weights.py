@@ -64,7 +64,7 @@ def _files_of(folder: Path) -> list[Path]:
     if index_file.exists():
         try:
             names = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ModelLoadError(f"{index_file}: not a weight index: {error!r}") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
