@@ -63,7 +63,7 @@ def _first_tile(context_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
     return context_len * 0
 
 
-@jit
+@jit(do_not_specialize=["num_seqs", "num_slices"])
 def _plan_kernel(
     context_lens, plan, num_seqs, num_slices,
     B: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
@@ -90,7 +90,7 @@ def _plan_kernel(
         tl.store(plan + 1 + num_slices + g, tile, mask=g < num_slices)
 
 
-@jit
+@jit(do_not_specialize=["num_seqs", "num_slices"])
 def _decode_kernel(
     q, k_cache, v_cache, tables, context_lens, plan, arrived, partial, partial_ml, out,
     num_seqs, num_slices, scale, softcap,
@@ -227,7 +227,7 @@ def make_work(
     num_slices = max(1, programs // num_kv_heads)
     plan = torch.empty(1 + 2 * num_slices + num_seqs, dtype=torch.int32, device=context_lens.device)
     arrived = torch.zeros(num_seqs, num_kv_heads, dtype=torch.int32, device=context_lens.device)
-    padded = max(next_power_of_2(num_seqs), 16)
+    padded = max(next_power_of_2(num_seqs), 256)  # few variants to compile
     _plan_kernel[(1,)](
         context_lens, plan, num_seqs, num_slices,
         B=padded, TILE=config.tile, WINDOW=sliding_window, CHUNK=max(1, min(32, 16384 // padded)), num_warps=8,

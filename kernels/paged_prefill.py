@@ -92,7 +92,7 @@ def _tiles(
     return acc, l, m
 
 
-@jit
+@jit(do_not_specialize=["num_tiles"])
 def _prefill_kernel(
     q, k_cache, v_cache, tables, context_lens, cu_seqlens_q, out, num_tiles, scale, softcap,
     stride_qt, stride_qh, stride_kn, stride_ks, stride_kh, stride_vn, stride_vs, stride_vh, stride_tb, stride_ot,

@@ -30,9 +30,9 @@ except ImportError:  # the definitions work without it
     triton = None
     tl = None
 
-    def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def jit(fn: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
         """Stand in for triton.jit where triton is not installed: keeps the function, which cannot be launched."""
-        return fn
+        return fn if fn is not None else jit
 
 
 logger = logging.getLogger(__name__)

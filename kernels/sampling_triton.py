@@ -293,7 +293,7 @@ def _adjust_kernel(
     tl.store(out + b * V + i, x, mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["size"])
 def _bias_kernel(out, rows, token_ids, values, size, V: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -305,7 +305,7 @@ def _bias_kernel(out, rows, token_ids, values, size, V: tl.constexpr, BLOCK: tl.
     tl.atomic_add(out + row * V + token, value, mask=row >= 0)
 
 
-@jit
+@jit(do_not_specialize=["size"])
 def _count_kernel(token_ids, rows, counts, size, stride_c, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,0 +1,124 @@
+"""Linear layers for decode steps: the product, and the norm, activation or residual sum next to it in one kernel.
+
+With few rows a product is a read of its weights; kernels.linear_stream reads them at the memory's speed. With many rows
+the definitions run: cuBLAS for the product, the operations around it each as its own kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import linear_stream
+from kernels.activation import silu_and_mul
+from kernels.linear_configs import linear_config
+from kernels.registry import kernel
+from kernels.rms_norm import rms_norm
+
+
+@kernel
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] times weight [N, K] transposed, plus bias [N] -> [M, N] in x's dtype."""
+    return F.linear(x, weight, bias)
+
+
+@kernel
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """x [M, K] times weight [N, K] transposed, plus residual [M, N] -> [M, N], the new residual stream."""
+    return F.linear(x, weight) + residual
+
+
+@kernel
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """RMS-normalise the rows of x [M, K], then multiply: rms_norm(x) times weight [N, K] transposed, plus bias [N].
+
+    The fused kernel applies a row's scale to the sums of its products, in float32; rounding differs by that order.
+    """
+    return F.linear(rms_norm(x, norm_weight, eps), weight, bias)
+
+
+@kernel
+def norm_linear_silu_and_mul(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
+    """The first half of a gated MLP: x [M, K], weight [2I, K] with the gate's rows first -> [M, I].
+
+    silu(n @ gate) * (n @ up) with n = rms_norm(x).
+    """
+    return silu_and_mul(F.linear(rms_norm(x, norm_weight, eps), weight))
+
+
+@kernel
+def linear_silu_and_mul(x: Tensor, weight: Tensor) -> Tensor:
+    """silu(x @ gate) * (x @ up) of x [M, K] and weight [2I, K], the gate's rows first -> [M, I]."""
+    return silu_and_mul(F.linear(x, weight))
+
+
+def _why_not_product(x: Tensor, weight: Tensor, operation: str) -> str | None:
+    if x.dim() != 2:
+        return f"x has {x.dim()} dimensions"
+    if x.dtype not in (torch.float16, torch.bfloat16) and x.is_cuda:
+        return f"{x.dtype} has no fast matrix unit here"
+    if weight.dtype != x.dtype or weight.stride(-1) != 1 or x.stride(-1) != 1:
+        return "x and weight differ in dtype, or are not contiguous along K"
+    if linear_config(operation, x.shape[0], weight.shape[0], x.shape[1]) is None:
+        return f"with {x.shape[0]} rows the library's product is faster"
+    return None
+
+
+def _why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:  # noqa: ARG001
+    return _why_not_product(x, weight, "linear")
+
+
+def _why_not_linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> str | None:
+    if residual.stride(-1) != 1:
+        return "a residual's row is not contiguous"
+    return _why_not_product(x, weight, "linear_add")
+
+
+def _why_not_norm_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None  # noqa: ARG001
+) -> str | None:  # fmt: skip
+    return _why_not_product(x, weight, "norm_linear")
+
+
+def _why_not_norm_gated(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> str | None:  # noqa: ARG001
+    return _why_not_product(x, weight, "norm_linear_silu_and_mul")
+
+
+def _why_not_gated(x: Tensor, weight: Tensor) -> str | None:
+    return _why_not_product(x, weight, "linear_silu_and_mul")
+
+
+def _config(operation: str, x: Tensor, weight: Tensor) -> linear_stream.LinearConfig:
+    config = linear_config(operation, x.shape[0], weight.shape[0], x.shape[1])
+    assert config is not None
+    return config
+
+
+@linear.triton(supports=_why_not_linear)
+def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear_stream.linear(x, weight, _config("linear", x, weight), bias=bias)
+
+
+@linear_add.triton(supports=_why_not_linear_add)
+def _linear_add_triton(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    return linear_stream.linear(x, weight, _config("linear_add", x, weight), residual=residual)
+
+
+@norm_linear.triton(supports=_why_not_norm_linear)
+def _norm_linear_triton(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    config = _config("norm_linear", x, weight)
+    return linear_stream.linear(x, weight, config, bias=bias, norm_weight=norm_weight, eps=eps)
+
+
+@norm_linear_silu_and_mul.triton(supports=_why_not_norm_gated)
+def _norm_linear_silu_and_mul_triton(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
+    config = _config("norm_linear_silu_and_mul", x, weight)
+    return linear_stream.linear(x, weight, config, norm_weight=norm_weight, eps=eps, act="silu")
+
+
+@linear_silu_and_mul.triton(supports=_why_not_gated)
+def _linear_silu_and_mul_triton(x: Tensor, weight: Tensor) -> Tensor:
+    return linear_stream.linear(x, weight, _config("linear_silu_and_mul", x, weight), act="silu")
