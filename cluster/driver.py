@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 import ray
-from engine.llm_engine import LLMEngine
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -37,6 +36,7 @@ from cluster.worker_actor import environment, on_thread, set_up_logging
 from engine.config import EngineConfig
 from engine.errors import EngineUnavailable, MantaError
 from engine.executor import Executor
+from engine.llm_engine import LLMEngine
 from engine.model_config import ModelConfig, resolve
 from engine.request import SequenceOutput
 
@@ -57,9 +57,10 @@ class Driver:
         self,
         name: str,
         config: EngineConfig,
-        model_config: ModelConfig,
         executor: Executor,
         *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
         policy: RecoveryPolicy | None = None,
         max_client_bytes: int = MAX_CLIENT_BYTES,
         node_id: str = "",
@@ -67,9 +68,7 @@ class Driver:
         self.name, self._config = name, config
         self._node_id = node_id
         self._started_s = time.monotonic()
-        self.engine = LLMEngine(
-            config, executor, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids
-        )
+        self.engine = LLMEngine(config, executor, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
         self.loop = EngineLoop(self.engine, executor, self._emit, policy=policy)
         self._hub = Hub(self, name="clients", max_unsent_bytes=max_client_bytes)
         self._facts: DriverFacts | None = None
@@ -162,17 +161,25 @@ class MantaDriver:
             model_config,
             placement_group=group,
             name=name.removesuffix(":driver"),
-            on_trouble=self._wake,
+            on_trouble=self._look,
             **options,
         )
-        self._driver = Driver(name, config, model_config, executor, policy=policy, node_id=node_id)
+        self._driver = Driver(
+            name,
+            config,
+            executor,
+            vocab_size=model_config.vocab_size,
+            eos_token_ids=model_config.eos_token_ids,
+            policy=policy,
+            node_id=node_id,
+        )
         self._started = False
 
     def __repr__(self) -> str:
         return self._name
 
-    def _wake(self) -> None:
-        self._driver.loop.wake()
+    def _look(self) -> None:
+        self._driver.loop.look()
 
     def start(self) -> DriverFacts:
         """Load and serve. Raises ConfigError, ModelLoadError or EngineUnavailable."""

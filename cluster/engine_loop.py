@@ -11,18 +11,20 @@ from concurrent.futures import Future
 from typing import Any
 
 import msgspec
-from engine.llm_engine import LLMEngine
 
 from cluster.messages import Abort, DriverHealth, State, Submit, error_outputs
 from cluster.recovery import RecoveryBudget, RecoveryPolicy
 from engine.errors import EngineUnavailable, ExecutorDied, MantaError, RequestError
 from engine.executor import Executor
+from engine.llm_engine import LLMEngine
 from engine.request import SequenceOutput
 from engine.step import StepResult
 
 logger = logging.getLogger(__name__)
 
 CHECK_EVERY_S = 0.25
+"""How often the executor is asked whether a step that takes long is stuck."""
+IDLE_CHECK_S = 1.0
 HEARTBEAT_LIMIT_S = 30.0
 
 Client = Hashable
@@ -51,9 +53,9 @@ class _Live(msgspec.Struct):
 class EngineLoop:
     """Drives an LLMEngine from its own thread.
 
-    Messages are taken between steps. `emit(client, outputs)` is called at most once a step for each client, on this
-    thread, and must not block. A rank's failure is answered by `engine.recover()`, within the policy's limits; past
-    them every request fails, and new ones are refused, with EngineUnavailable.
+    Messages are taken as they come, between two calls of the engine. `emit(client, outputs)` is called at most once a
+    step for each client, on this thread, and must not block. A rank's failure is answered by `engine.recover()`, within
+    the policy's limits; past them every request fails, and new ones are refused, with EngineUnavailable.
     """
 
     def __init__(
@@ -75,6 +77,9 @@ class EngineLoop:
         self._stopping = False
         self._idle = True
         self._beat_s = time.monotonic()
+        self._suspicious = False
+        self._checked_s = 0.0
+        self._awaited: Future[StepResult] | None = None
         self._thread = threading.Thread(target=self._run, name="manta-loop", daemon=True)
 
     # Called from any thread.
@@ -92,6 +97,11 @@ class EngineLoop:
         with self._wake:
             self._awake = True
             self._wake.notify()
+
+    def look(self) -> None:
+        """Have the executor checked now, though nothing runs."""
+        self._suspicious = True
+        self.wake()
 
     def health(self) -> DriverHealth:
         """The truth as far as it is known without asking the loop."""
@@ -116,10 +126,7 @@ class EngineLoop:
         try:
             while not self._stopping:
                 try:
-                    self._beat_s = time.monotonic()
-                    self._take_messages()
-                    if self._state == "failed" or not self._advance():
-                        self._wait_idle()
+                    self._turn()
                 except ExecutorDied as error:
                     self._recover(error)
             self._fail_all(EngineUnavailable("the engine is stopping"))
@@ -129,38 +136,45 @@ class EngineLoop:
             self._give_up(f"the engine's loop failed: {type(error).__name__}: {error}")
             self._refuse_until_stopped()
 
-    def _advance(self) -> bool:
-        """Submit what can be, read the oldest step and emit what it brought. False when there was nothing to do."""
+    def _turn(self) -> None:
+        """Take messages, submit what can be, and hand out the oldest step's outputs if it is done."""
+        self._beat_s = time.monotonic()
+        self._take_messages()
+        if self._state == "failed":
+            self._wait(IDLE_CHECK_S)
+            return
         while self._engine.begin_step():
             pass
         future = self._engine.next_future()
+        self._idle = future is None
         if future is None:
-            return False
-        self._idle = False
-        self._await(future)
-        self._hand_out(self._engine.finish_step(CHECK_EVERY_S))
-        return True
+            self._wait(IDLE_CHECK_S)
+            self._check()
+        elif future.done():
+            self._hand_out(self._engine.finish_step(0))
+        else:
+            if future is not self._awaited:
+                self._awaited = future
+                future.add_done_callback(self._step_done)
+            self._wait(CHECK_EVERY_S)
+            if not future.done():
+                self._check()
 
-    def _await(self, future: Future[StepResult]) -> None:
-        while not self._stopping:
-            try:
-                future.result(CHECK_EVERY_S)
-                return
-            except TimeoutError:
-                self._beat_s = time.monotonic()
-                self._executor.check()
-
-    def _wait_idle(self) -> None:
-        self._idle = True
-        with self._wake:
-            while not self._awake and not self._stopping:
-                self._beat_s = time.monotonic()
-                self._wake.wait(1.0)
-                if self._live and self._state == "ready":
-                    break  # the engine could start nothing though requests wait: try again
-            self._awake = False
-        if self._state == "ready":
+    def _check(self) -> None:
+        """Ask the executor whether its ranks are well; at once when it hinted at trouble, else every so often."""
+        if self._suspicious or self._beat_s - self._checked_s >= CHECK_EVERY_S:
+            self._suspicious, self._checked_s = False, self._beat_s
             self._executor.check()
+
+    def _wait(self, timeout_s: float) -> None:
+        """Sleep until something happens: a message, a step's end, a rank's death."""
+        with self._wake:
+            if not self._awake and not self._stopping:
+                self._wake.wait(timeout_s)
+            self._awake = False
+
+    def _step_done(self, _: Future[StepResult]) -> None:
+        self.wake()
 
     def _take_messages(self) -> None:
         while self._inbox:
@@ -276,4 +290,4 @@ class EngineLoop:
     def _refuse_until_stopped(self) -> None:
         while not self._stopping:
             self._take_messages()
-            self._wait_idle()
+            self._wait(IDLE_CHECK_S)

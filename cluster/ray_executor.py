@@ -115,6 +115,11 @@ class RayExecutor:
         if self._owns_ray:
             ray.shutdown()
 
+    @property
+    def rank_facts(self) -> list[RankFacts]:
+        """Where the ranks are now."""
+        return list(self._facts)
+
     def _bring_up(self) -> CacheCapacity:
         began_s = time.monotonic()
         self._generation += 1
@@ -215,7 +220,7 @@ class RayExecutor:
         here = ray.get_runtime_context().get_node_id()
         for facts in self._facts:
             if facts.node_id == here:
-                end_process(facts.pid, 2.0)
+                end_process(facts.pid, 2.0 if self._shut_down else 0.3)
         self._facts = []
 
     # Steps
@@ -360,11 +365,15 @@ def start_local_ray(config: EngineConfig) -> None:
 def end_process(pid: int, timeout_s: float) -> None:
     """Wait for a Ray worker process of this node to end, and kill it when it does not (a stopped one never would)."""
     deadline_s = time.monotonic() + timeout_s
+    killed = False
     while _is_ray_worker(pid):
         if time.monotonic() > deadline_s:
+            if killed:
+                logger.warning("process %d does not end", pid)
+                return
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            return
+            killed, deadline_s = True, deadline_s + 5
         time.sleep(0.01)
 
 
