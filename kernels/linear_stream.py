@@ -77,13 +77,13 @@ def _write_out(
     tl.store(out + row64 * stride_o + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
-@jit(do_not_specialize=["rows", "total", "per_range"])
+@jit(do_not_specialize=["rows", "total", "per_range", "prefetch"])
 def _linear_kernel(
-    x, w, norm_weight, bias, residual, out, partial, partial_squares, arrived, rows, total, per_range, eps,
+    x, w, norm_weight, bias, residual, out, partial, partial_squares, arrived, rows, total, per_range, prefetch, eps,
     stride_x, stride_w, stride_r, stride_o,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROW_TILES: tl.constexpr,
     SWAP: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr, FULL_ROWS: tl.constexpr, PREFETCH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, FULL_ROWS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = (K + BK - 1) // BK
     r = tl.program_id(0) // ROW_TILES
@@ -94,15 +94,13 @@ def _linear_kernel(
     kk = tl.arange(0, BK)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    if PREFETCH > 0:  # noqa: SIM102 - one is known at compile time
-        if row_tile == 0:
+        if (prefetch > 0) & (row_tile == 0):
             first_row = tl.minimum(step // STEPS * BN + n, N - 1).to(tl.int64)
-            first_k = tl.minimum(step % STEPS * BK, K - PREFETCH)
-            size = (n * 0 + PREFETCH * 2).to(tl.int32)
+            first_k = tl.minimum(step % STEPS * BK, K - prefetch)
+            size = n * 0 + prefetch * 2
             _prefetch_l2((w + first_row * stride_w + first_k).to(tl.int64), size)
             if ACT != "":
                 _prefetch_l2((w + (first_row + N) * stride_w + first_k).to(tl.int64), size)
-    if PDL:
         tl.extra.cuda.gdc_wait()
     row = row_tile * BM + tl.arange(0, BM)
     in_rows = (row < rows)[:, None]
@@ -224,15 +222,15 @@ def linear(
     planes = 2 if act else 1
     partial = torch.empty(slots * planes * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
     squares = torch.empty(slots * config.block_m if norm_weight is not None else 1, device=x.device)
-    options = dependent_launch(x)
-    prefetch = min(config.prefetch, size) if options["PDL"] else 0
+    prefetch = min(config.prefetch, size)
     _linear_kernel[(num_ranges * row_tiles,)](
         x, weight, x if norm_weight is None else norm_weight, x if bias is None else bias,
-        x if residual is None else residual, out, partial, squares, _arrived(x.device), rows, total, per_range, eps,
+        x if residual is None else residual, out, partial, squares, _arrived(x.device), rows, total, per_range,
+        prefetch, eps,
         x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
         N=num_columns, K=size, BM=config.block_m, BN=config.block_n, BK=config.block_k, ROW_TILES=row_tiles,
         SWAP=config.swap, ACT=act, NORM=norm_weight is not None, ADD=residual is not None, BIAS=bias is not None,
-        EVEN_K=size % config.block_k == 0, FULL_ROWS=rows % config.block_m == 0, PREFETCH=prefetch,
-        STAGES=config.num_stages, num_warps=config.num_warps, **options,
+        EVEN_K=size % config.block_k == 0, FULL_ROWS=rows % config.block_m == 0,
+        STAGES=config.num_stages, num_warps=config.num_warps, **dependent_launch(x),
     )  # fmt: skip
     return out

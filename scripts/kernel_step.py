@@ -1,0 +1,141 @@
+"""A whole decode step of Llama-3-8B's shape made of the kernels alone, in one CUDA graph, on random weights.
+
+    python -m scripts.kernel_step --rows 1 256 --context 256 640
+
+The floor for the engine's step: no runner, no host. Variants: the fused products or the library's, programmatic
+dependent launch on or off, and each stage left out, which tells a stage's true cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import launch
+from kernels.activation import silu_and_mul
+from kernels.kv_cache import rotary_and_write_kv
+from kernels.linear import linear, linear_add, linear_silu_and_mul, norm_linear, norm_linear_silu_and_mul
+from kernels.linear_configs import linear_config
+from kernels.paged_attention import decode, plan_decode
+from kernels.rms_norm import fused_add_rms_norm, rms_norm
+from kernels.sampling import SamplingTensors, sample
+from scripts.kernel_timing import paged_cache, time_us
+
+LAYERS, HIDDEN, INTERMEDIATE, VOCAB = 32, 4096, 14336, 128256
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+
+
+class Step:
+    """Weights, caches and inputs of one decode step of `rows` sequences with `context` tokens each."""
+
+    def __init__(self, rows: int, context: int) -> None:
+        bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+        make = lambda *shape: torch.randn(*shape, **bf16) / shape[-1] ** 0.5
+        self.qkv = [make((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN) for _ in range(LAYERS)]
+        self.out = [make(HIDDEN, HIDDEN) for _ in range(LAYERS)]
+        self.gate_up = [make(2 * INTERMEDIATE, HIDDEN) for _ in range(LAYERS)]
+        self.down = [make(HIDDEN, INTERMEDIATE) for _ in range(LAYERS)]
+        self.head, self.embedding = make(VOCAB, HIDDEN), make(VOCAB, HIDDEN)
+        self.norm = torch.ones(HIDDEN, **bf16)
+        self.tokens = torch.arange(rows, device="cuda") + 100
+        self.set_batch(rows, context)
+
+    def set_batch(self, rows: int, context: int) -> None:
+        caches = [paged_cache([context] * rows, 16, KV_HEADS, HEAD_DIM, torch.bfloat16) for _ in range(LAYERS)]
+        self.caches = [(k, v) for k, v, _ in caches]
+        self.tables = caches[0][2]
+        self.lens = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+        self.positions = torch.full((rows,), context - 1, device="cuda")
+        last = (self.lens.long() - 1) // 16
+        self.slots = self.tables.gather(1, last[:, None])[:, 0].long() * 16 + (context - 1) % 16
+        self.cos_sin = torch.randn(context + 1, HEAD_DIM, device="cuda")
+        self.tokens = torch.arange(rows, device="cuda") + 100
+        self.greedy = SamplingTensors(self.tokens.float(), self.tokens, self.positions, all_greedy=True)
+
+    def attention(self, qkv: Tensor, layer: int, plan: object, skip: str) -> Tensor:
+        qkv = qkv.view(-1, HEADS + 2 * KV_HEADS, HEAD_DIM)
+        q, k, v = qkv[:, :HEADS], qkv[:, HEADS : HEADS + KV_HEADS], qkv[:, HEADS + KV_HEADS :]
+        caches = self.caches[layer]
+        if skip != "rotary":
+            q = rotary_and_write_kv(q, k, v, self.cos_sin, self.positions, *caches, self.slots)
+        if skip != "attention":
+            q = decode(q, *caches, self.tables, self.lens, scale=0.088, plan=plan)
+        return q.reshape(-1, HEADS * HEAD_DIM)
+
+    def run(self, fused: str, skip: str = "") -> Tensor:
+        """One step: fused is "all" (norms too), "some" (residual and activation) or "none" (library products)."""
+        x = F.embedding(self.tokens, self.embedding)
+        plan = plan_decode(self.caches[0][0], self.tables, self.lens)
+        norm, eps = self.norm, 1e-5
+        if fused == "all":
+            for i in range(LAYERS):
+                qkv = norm_linear(x, norm, eps, self.qkv[i])
+                x = linear_add(self.attention(qkv, i, plan, skip), self.out[i], x)
+                if skip != "mlp":
+                    x = linear_add(norm_linear_silu_and_mul(x, norm, eps, self.gate_up[i]), self.down[i], x)
+            logits = norm_linear(x, norm, eps, self.head)
+        elif fused == "some":
+            for i in range(LAYERS):
+                qkv = linear(rms_norm(x, norm, eps), self.qkv[i])
+                x = linear_add(self.attention(qkv, i, plan, skip), self.out[i], x)
+                if skip != "mlp":
+                    x = linear_add(linear_silu_and_mul(rms_norm(x, norm, eps), self.gate_up[i]), self.down[i], x)
+            logits = linear(rms_norm(x, norm, eps), self.head)
+        else:
+            y = rms_norm(x, norm, eps)
+            for i in range(LAYERS):
+                y = F.linear(self.attention(F.linear(y, self.qkv[i]), i, plan, skip), self.out[i])
+                y, x = fused_add_rms_norm(y, x, norm, eps)
+                if skip != "mlp":
+                    y = F.linear(silu_and_mul(F.linear(y, self.gate_up[i])), self.down[i])
+                    y, x = fused_add_rms_norm(y, x, norm, eps)
+            logits = F.linear(y, self.head)
+        return logits if skip == "sample" else sample(logits, self.greedy)
+
+
+def with_dependent_launch(on: bool, call: Callable[[], float]) -> float:
+    os.environ["MANTA_PDL"] = "1" if on else "0"
+    launch._has_dependent_launch.cache_clear()
+    try:
+        return call()
+    finally:
+        os.environ["MANTA_PDL"] = "1"
+        launch._has_dependent_launch.cache_clear()
+
+
+def measure(step: Step, rows: int, context: int) -> None:
+    """Time the step's variants, then its stages by leaving each out."""
+    kinds = ["none"]
+    if linear_config("linear", rows, 6144, 4096):
+        kinds.append("some")
+    if linear_config("norm_linear", rows, 6144, 4096):
+        kinds.append("all")
+    for fused in kinds:
+        on = with_dependent_launch(True, lambda f=fused: time_us([lambda: step.run(f)], 150))  # type: ignore[misc]
+        off = with_dependent_launch(False, lambda f=fused: time_us([lambda: step.run(f)], 150))  # type: ignore[misc]
+        print(f"step rows={rows} context={context} fused={fused}: {on / 1e3:.3f} ms, without PDL {off / 1e3:.3f} ms")
+    for skip in ("attention", "rotary", "mlp", "sample"):
+        us = time_us([lambda s=skip: step.run(kinds[-1], s)], 100)  # type: ignore[misc]
+        print(f"   {kinds[-1]}: without {skip:10s} {us / 1e3:.3f} ms", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 256])
+    parser.add_argument("--context", type=int, nargs="*", default=[256, 640])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    step = Step(1, 16)
+    for rows, context in zip(args.rows, args.context, strict=True):
+        step.caches = []
+        step.set_batch(rows, context)
+        measure(step, rows, context)
+
+
+if __name__ == "__main__":
+    main()
