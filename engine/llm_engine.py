@@ -12,20 +12,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from concurrent.futures import Future
-from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
-from engine.errors import ExecutorDied, PromptTooLong, RequestError
+from engine.draft import RowArray, ScheduledStep
+from engine.errors import ExecutorDied, RequestError
 from engine.executor import CacheCapacity, Executor
+from engine.limits import Limits
 from engine.metrics import EngineMetrics
 from engine.request import Request, SequenceOutput, TokenLogprobs
-from engine.sampling_params import SamplingParams
-from engine.scheduler import RowArray, ScheduledStep, Scheduler
+from engine.scheduler import Scheduler
 from engine.sequence import Group, Sequence, Status
 from engine.step import SampledLogprobs, StepResult, unpack
 
@@ -82,6 +81,7 @@ class LLMEngine:
         capacity = self.executor.start()
         self.blocks = BlockManager(capacity.num_blocks, capacity.block_size, caching=self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, self.blocks)
+        self._limits = Limits(self.config, self.vocab_size, capacity.num_blocks, capacity.block_size)
         return capacity
 
     # Requests.
@@ -92,7 +92,10 @@ class LLMEngine:
         Of a resumed request only further tokens come; a sample that had ended already ends again, without tokens.
         Raises PromptTooLong, naming the limit, for what can never fit, and RequestError for what cannot be run.
         """
-        limit = self._check(request)
+        if request.request_id in self._groups:
+            raise RequestError(f"request_id: {request.request_id!r} is already running", param="request_id")
+        self._limits.check(request)
+        limit = self._limits.length(request)
         params = request.params
         group = Group(request, time.perf_counter())
         key = (params.priority if self.config.policy == "priority" else 0, request.arrival_s, self._num_arrivals)
@@ -220,7 +223,7 @@ class LLMEngine:
         slots = int(table.num_slots[rows].sum()) if rows else 0
         return EngineStats(
             running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
+            waiting=len(scheduler.waiting),
             num_blocks=blocks.num_blocks,
             free_blocks=blocks.free,
             used_blocks=blocks.used,
@@ -236,51 +239,7 @@ class LLMEngine:
             recoveries=self.metrics.num_recoveries,
         )
 
-    # Acceptance.
-
-    def _check(self, request: Request) -> int:
-        """Refuse what cannot be run. The length at which its samples end."""
-        params, config, count = request.params, self.config, request.num_prompt_tokens
-        if request.request_id in self._groups:
-            raise RequestError(f"request_id: {request.request_id!r} is already running", param="request_id")
-        if not count:
-            raise RequestError("prompt: it has no tokens, at least one is needed", param="prompt")
-        self._check_tokens("prompt", unpack(request.prompt))
-        for tokens in request.resume:
-            self._check_tokens("resume", unpack(tokens))
-        if len(request.resume) > params.num_sequences:
-            raise RequestError(
-                f"resume: {len(request.resume)} samples, the request has {params.num_sequences}", param="resume"
-            )
-        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            ids = getattr(params, field)
-            if ids:
-                self._check_tokens(field, np.array(list(ids), np.int64))
-        slots = self.blocks.num_blocks * self.blocks.block_size
-        for limit, what in (
-            (config.model_len - 1, f"max_model_len ({config.model_len}) leaves room for {config.model_len - 1}"),
-            (slots, f"the KV cache ({self.blocks.num_blocks} blocks of {self.blocks.block_size}) holds {slots}"),
-        ):
-            if count > limit:
-                raise PromptTooLong(f"prompt: {count} tokens are too many: {what}")
-        if not config.enable_chunked_prefill and count > config.max_num_batched_tokens:
-            raise PromptTooLong(
-                f"prompt: {count} tokens are too many: max_num_batched_tokens ({config.max_num_batched_tokens}) limits "
-                "a step, and enable_chunked_prefill is off"
-            )
-        return self._limit(params, count)
-
-    def _limit(self, params: SamplingParams, num_prompt_tokens: int) -> int:
-        """Where a sample ends: its own max_tokens, the model's context, the cache (a last token needs no slot)."""
-        limit = min(self.config.model_len, self.blocks.num_blocks * self.blocks.block_size + 1)
-        return limit if params.max_tokens is None else min(limit, num_prompt_tokens + params.max_tokens)
-
-    def _check_tokens(self, field: str, ids: npt.NDArray[Any]) -> None:
-        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if wrong.size:
-            raise RequestError(
-                f"{field}: token id {int(wrong[0])} is outside the vocabulary, 0 to {self.vocab_size - 1}", param=field
-            )
+    # Requests, continued.
 
     def _new_id(self) -> int:
         """A sequence id that nothing in flight remembers: 31 bits, not used again for a long time."""
@@ -366,9 +325,10 @@ class LLMEngine:
 
     def _shrink(self) -> None:
         """The restarted ranks hold another number of blocks: move the limits, end what does not fit any more."""
+        self._limits = Limits(self.config, self.vocab_size, self.blocks.num_blocks, self.blocks.block_size)
         for group in list(self._groups.values()):
             for sequence in list(group.sequences.values()):
-                limit = self._limit(group.request.params, sequence.num_prompt_tokens)
+                limit = self._limits.length(group.request)
                 self.scheduler.table.limit[sequence.row] = limit
                 if sequence.num_tokens >= limit:
                     error = f"after a restart the KV cache holds only {self.blocks.num_blocks} blocks"

@@ -104,7 +104,7 @@ def test_seats_are_never_more_than_asked_nor_more_than_tokens() -> None:
         for _ in range(5):
             bench.step()
             assert bench.scheduler.num_running <= seats
-        assert bench.scheduler.num_running == seats and bench.scheduler.num_waiting == 5 - seats
+        assert bench.scheduler.num_running == seats and len(bench.scheduler.waiting) == 5 - seats
 
 
 def test_the_last_come_makes_way_and_comes_back_first() -> None:
@@ -117,7 +117,7 @@ def test_the_last_come_makes_way_and_comes_back_first() -> None:
     assert first.status is Status.RUNNING and not second.block_table
     plan = bench.step()
     assert [seq_id for seq_id, _ in entries(plan)] == [0]
-    waiting = [bench.scheduler._head()]
+    waiting = [bench.scheduler.waiting.head()]
     assert waiting == [second], "before the third"
 
 
@@ -231,8 +231,8 @@ def test_the_queue_forgets_what_was_aborted_in_it(count: int) -> None:
     bench.step()
     for sequence in [bench.add(3)[0] for _ in range(count)]:
         bench.scheduler.finish(sequence)
-    assert bench.scheduler.num_waiting == 0
-    assert len(bench.scheduler._waiting) <= 128
+    assert len(bench.scheduler.waiting) == 0
+    assert bench.scheduler.waiting.num_held <= 128
 
 
 def test_restart_keeps_the_order_and_joins_the_samples_again() -> None:
