@@ -109,9 +109,10 @@ class _Call:
 
     def _delta_choice(self, index: int, delta: OutputDelta, offset: int) -> CompletionChoice:
         text, token_ids, logprobs = delta.text, delta.token_ids, delta.logprobs
+        finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
         if self.echo_only:
-            text, token_ids, logprobs = "", [], None
-        choice = CompletionChoice(index, text, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)
+            text, token_ids, logprobs, finish_reason, stop_reason = "", [], None, "length", None
+        choice = CompletionChoice(index, text, finish_reason=finish_reason, stop_reason=stop_reason)
         if logprobs:
             choice.logprobs = self._logprobs(logprobs, token_ids, offset)
         if self.body.return_token_ids and token_ids:
@@ -122,8 +123,10 @@ class _Call:
         choices = []
         for output in result.outputs:
             text, token_ids, entries = output.text, output.token_ids, output.logprobs
+            finish_reason, stop_reason = output.finish_reason, output.stop_reason
             if self.echo_only:
-                text, token_ids, entries = "", [], [] if entries is not None else None
+                text, token_ids, finish_reason, stop_reason = "", [], "length", None
+                entries = entries and []
             offset = len(self.echoes[number]) if self.echoes else 0
             logprobs = self._logprobs(entries, token_ids, offset) if entries is not None else None
             if self.echoes:
@@ -131,9 +134,8 @@ class _Call:
                 if logprobs is not None and result.prompt_logprobs is not None:
                     before = self._logprobs(result.prompt_logprobs, result.prompt_token_ids, 0)
                     logprobs = _joined(before, logprobs)
-            choice = CompletionChoice(
-                number * self.params.n + output.index, text, logprobs, output.finish_reason, output.stop_reason
-            )
+            index = number * self.params.n + output.index
+            choice = CompletionChoice(index, text, logprobs, finish_reason, stop_reason)
             if self.body.return_token_ids:
                 choice.token_ids, choice.prompt_token_ids = token_ids, result.prompt_token_ids
             if self.body.prompt_logprobs is not None:

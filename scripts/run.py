@@ -1,0 +1,296 @@
+"""Serve a configuration on this machine until Ctrl-C: `python -m scripts.run [CONFIG] [KEY=VALUE ...]`.
+
+Checks the file first. Uses the Ray head that runs here (RAY_ADDRESS, or the last `ray start`) or starts one, with the
+environment in which Serve streams fastest; then `serve run`. At the end takes down what it started, and only that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import yaml
+
+from deployments.config import IMPORT_PATH, REPOSITORY, check_file, parse_overrides
+from engine.errors import MantaError
+
+BIN = Path(sys.executable).parent
+START_TIMEOUT_S = 60.0
+SAY_EVERY_S = 10.0
+QUESTION = "What is 17 + 25?"
+# Serve reads these when its processes start, so they have to be there before the head is.
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class StartFailed(Exception):
+    """The application cannot be brought up; the message says why."""
+
+
+def say(message: str) -> None:
+    print(f"manta: {message}", flush=True)
+
+
+class Head:
+    """The Ray head to use: the one found running, or one started here and ended by `close`."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder holds HAProxy's files of a head started here."""
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self.address = _running_head()
+        self.environment = {**os.environ, **{k: os.environ.get(k, v) for k, v in SERVE_ENVIRONMENT.items()}}
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+        for name, file in _HAPROXY_FILES.items():
+            self.environment.setdefault(name, str(folder / file))
+
+    def start(self) -> None:
+        """Start a head unless one runs. Raises StartFailed."""
+        if self.address is not None:
+            say(f"using the Ray head at {self.address}")
+            return
+        _make_token(self.environment)
+        dashboard = _free_port(8265)
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
+        command += [f"--port={_free_port(6379)}", f"--ray-client-server-port={_free_port(10001)}"]
+        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+        log = self._folder / "ray.log"
+        say(f"starting Ray (dashboard at http://127.0.0.1:{dashboard})")
+        with log.open("wb") as out:
+            # Its own session: a Ctrl-C here must not reach it before Serve is down.
+            self._process = subprocess.Popen(
+                command, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while b"block forever" not in log.read_bytes():
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                raise StartFailed(f"Ray did not start:\n{log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.1)
+        self.address = _running_head()
+
+    def close(self) -> None:
+        """End the head if it was started here, and every process below it."""
+        if self._process is None:
+            return
+        try:
+            family = psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            family = []
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=20)
+        _end(family)
+        # HAProxy leaves its parent; it is known by its configuration file in our folder.
+        _end([p for p in psutil.process_iter(["cmdline"]) if str(self._folder) in " ".join(p.info["cmdline"] or ())])
+        if self._process.poll() is None:
+            self._process.kill()
+
+
+_HAPROXY_FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "haproxy.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "haproxy-state",
+}
+
+
+class Application:
+    """The applications of one checked configuration, on a head."""
+
+    def __init__(self, content: dict[str, Any], head: Head) -> None:
+        self._content, self._head = content, head
+        options = content.get("http_options") or {}
+        host = options.get("host", "0.0.0.0")
+        self.host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        self.port = int(options.get("port", 8000))
+        ours = [a for a in content["applications"] if a["import_path"] == IMPORT_PATH]
+        self.name: str = ours[0].get("name", "default")
+        prefix = ours[0].get("route_prefix") or "/"
+        self.url = f"http://{self.host}:{self.port}{prefix.rstrip('/')}"
+
+    def start(self, path: str) -> None:
+        """`serve run` the file and wait until it answers. Raises StartFailed."""
+        environment = {**self._head.environment, "RAY_ADDRESS": str(self._head.address)}
+        command = [str(BIN / "serve"), "run", "--non-blocking", "--address", str(self._head.address), path]
+        done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        if done.returncode != 0 or "Submitted deploy config" not in done.stdout + done.stderr:
+            raise StartFailed(f"serve run failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        self._connect()
+        self._wait_running()
+        self._wait_answering()
+
+    def watch(self) -> None:
+        """Return never; raise StartFailed when the application is gone."""
+        while True:
+            time.sleep(1.0)
+            if not self._status():
+                raise StartFailed(f"application {self.name!r} was taken down")
+
+    def close(self) -> None:
+        """Take Serve down, after the requests in flight."""
+        import ray
+        from ray import serve
+
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+
+    def _connect(self) -> None:
+        os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
+        import ray
+
+        ray.init(address=self._head.address, namespace="serve", log_to_driver=False, logging_level="ERROR")
+
+    def _status(self) -> Any:
+        from ray import serve
+
+        return serve.status().applications.get(self.name)
+
+    def _wait_running(self) -> None:
+        began_s = said_s = time.monotonic()
+        while True:
+            status = self._status()
+            state = str(getattr(status, "status", "NOT_STARTED")).rpartition(".")[2]
+            if state == "RUNNING":
+                return
+            if state in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise StartFailed(_cause(status))
+            if time.monotonic() - said_s >= SAY_EVERY_S:
+                said_s = time.monotonic()
+                say(f"{self.name} is loading ({said_s - began_s:.0f} s)")
+            time.sleep(0.2)
+
+    def _wait_answering(self) -> None:
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError) as error:
+                if time.monotonic() > deadline_s:
+                    raise StartFailed(f"{self.url}/health does not answer: {error}") from None
+            time.sleep(0.2)
+
+    def introduce(self) -> None:
+        """Print how to talk to it."""
+        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=10) as answer:
+            model = yaml.safe_load(answer.read())["data"][0]["id"]
+        chat = f'[{{"role": "user", "content": "{QUESTION}"}}]'
+        curl = f'-H \'Content-Type: application/json\' -d \'{{"model": "{model}", "messages": {chat}}}\''
+        python = f'from ray import serve; print(serve.get_app_handle("{self.name}").remote({chat}).result())'
+        say(f"{model} is served at {self.url}; Ctrl-C ends it. Try, in another terminal:")
+        print(f"\ncurl {self.url}/v1/chat/completions {curl}")
+        print(f"\n{os.path.relpath(sys.executable)} -c '{python}'\n", flush=True)
+
+
+def _running_head() -> str | None:
+    """RAY_ADDRESS, or where the last `ray start` on this machine listens, if it does."""
+    if os.environ.get("RAY_ADDRESS"):
+        return os.environ["RAY_ADDRESS"]
+    file = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    try:
+        address = file.read_text().strip()
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=1):
+            return address
+    except (OSError, ValueError):
+        return None
+
+
+def _free_port(wanted: int) -> int:
+    """`wanted`, or any other port that nobody listens on."""
+    for port in (wanted, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    raise StartFailed("no free port")
+
+
+def _make_token(environment: dict[str, str]) -> None:
+    """Make the user a Ray token when there is none: Ray listens on every interface, and lets in who knows it."""
+    command = [str(BIN / "ray"), "get-auth-token", "--generate"]
+    if "RAY_AUTH_MODE" not in environment and subprocess.run(command, capture_output=True, check=False).returncode:
+        say("no Ray token could be made: Ray runs without authentication")
+
+
+def _cause(status: Any) -> str:
+    """The line that matters of a failed application's message, which is a traceback or several."""
+    messages = [status.message, *(d.message for d in status.deployments.values())]
+    lines = [line.strip() for message in messages for line in (message or "").splitlines() if line.strip()]
+    for line in reversed(lines):
+        if "engine.errors." in line:
+            return str(line.partition("engine.errors.")[2])
+    return "\n".join(lines[-15:])
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Terminate, then kill."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until interrupted; 0 after Ctrl-C, 1 when the application fails, 2 for a bad configuration."""
+    path = arguments.pop(0) if arguments and "=" not in arguments[0] else "configs/tiny.yaml"
+    try:
+        content = check_file(path, parse_overrides(arguments))
+    except MantaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, _interrupt)
+    folder = Path(tempfile.mkdtemp(prefix="manta-run-"))
+    written = folder / Path(path).name
+    written.write_text(yaml.safe_dump(content, sort_keys=False))
+    head = Head(folder)
+    application = Application(content, head)
+    try:
+        head.start()
+        say(f"deploying {path}")
+        application.start(str(written))
+        application.introduce()
+        application.watch()
+    except StartFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("shutting down")
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            application.close()
+        head.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    say("ended")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
