@@ -10,6 +10,7 @@ steps in flight, and what those draw for it is thrown away. Lengths are known be
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
 from concurrent.futures import Future
 
@@ -282,7 +283,11 @@ class LLMEngine:
                 sequence = samples[index]
                 if sequence.status is Status.RUNNING:
                     self.blocks.register(sequence, int(known[index]))
-        ends = (self._is_eos[tokens] & table.heeds_eos[rows]) | table.has_stop_ids[rows]
+        ends = self._is_eos[tokens] & table.heeds_eos[rows]
+        choosy = table.has_stop_ids[rows]
+        if choosy.any():
+            stops = [index for index in np.flatnonzero(choosy).tolist() if drawn[index] in samples[index].stop_ids]
+            ends[stops] = True
         ends = (ends & (known >= table.stop_from[rows])) | (known + 1 >= table.limit[rows])
         if ends.any():
             for index in np.flatnonzero(ends).tolist():
@@ -363,5 +368,5 @@ class LLMEngine:
 
 
 def _token_logprobs(entry: SampledLogprobs) -> TokenLogprobs:
-    top: list[float] = np.frombuffer(entry.top_logprobs, "<f4").tolist()
-    return TokenLogprobs(entry.logprob, entry.rank, unpack(entry.top_ids).tolist(), top)
+    top_ids, top_logprobs = array("i", entry.top_ids).tolist(), array("f", entry.top_logprobs).tolist()
+    return TokenLogprobs(entry.logprob, entry.rank, top_ids, top_logprobs)

@@ -41,6 +41,8 @@ class Scheduler:
         self._by_priority = config.policy == "priority"
         self.waiting = WaitingQueue()
         self._decodes = Decodes([], self.table)
+        self._num_left = 0
+        """Of the decodes: how many run no more. `_settle` takes them out."""
         self._prefills: list[Sequence] = []
         """Running, prompt not yet computed, by key."""
         self._dropped: list[int] = []
@@ -51,11 +53,11 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._decodes) + len(self._prefills)
+        return len(self._decodes) - self._num_left + len(self._prefills)
 
     def running(self) -> Iterable[Sequence]:
         """All that hold blocks."""
-        yield from self._decodes.sequences
+        yield from (sequence for sequence in self._decodes.sequences if sequence.status is Status.RUNNING)
         yield from self._prefills
 
     def enqueue(self, group: Group, sequences: list[Sequence]) -> None:
@@ -107,6 +109,7 @@ class Scheduler:
         draft = Draft()
         if self._by_priority:
             self._make_way()
+        self._settle()
         if not self._chunked:
             # Whole prompts do not fit beside decodes: a step is either.
             self._continue_prefills(draft)
@@ -131,6 +134,7 @@ class Scheduler:
             if int(np.count_nonzero(short)) + self._num_copies(short) <= self.blocks.num_free:
                 return short
             self._preempt(max(self.running(), key=_key))
+            self._settle()
         return None
 
     def _shared_writers(self, short: Mask) -> list[Sequence]:
@@ -314,7 +318,7 @@ class Scheduler:
         if sequence in self._prefills:
             self._prefills.remove(sequence)
         else:
-            self._set_decodes([other for other in self._decodes.sequences if other is not sequence])
+            self._num_left += 1
 
     def _give_back(self, sequence: Sequence) -> None:
         """Free a running sequence's blocks, full ones still to be found; the next plan tells the ranks."""
@@ -329,7 +333,13 @@ class Scheduler:
         if not any(s.status in (Status.WAITING, Status.RUNNING) and not s.num_output_tokens for s in siblings):
             self.waiting.push(group.unborn.pop(0))
 
+    def _settle(self) -> None:
+        """Take those that run no more out of the decodes, before any of them can come back."""
+        if self._num_left:
+            self._set_decodes([s for s in self._decodes.sequences if s.status is Status.RUNNING])
+
     def _set_decodes(self, sequences: list[Sequence]) -> None:
+        self._num_left = 0
         self._decodes = Decodes(sequences, self.table)
         self._watch_shared = bool(self.table.tail_shared[self._decodes.rows].any())
 

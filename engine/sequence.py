@@ -106,6 +106,7 @@ class Sequence:
         "seed",
         "seq_id",
         "status",
+        "stop_ids",
         "table",
         "tokens",
     )
@@ -115,7 +116,7 @@ class Sequence:
         self.group, self.index, self.key, self.table = group, index, key, table
         self.request_id, self.seq_id, self.seed = request.request_id, seq_id, request.sample_seed(index)
         self.status = Status.WAITING
-        self.salt = request.cache_salt
+        self.salt, self.stop_ids = request.cache_salt, frozenset(params.stop_token_ids)
         self.tokens = array("i")
         """Known tokens: the prompt and the output read so far."""
         self.tokens.frombytes(request.prompt)
