@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -89,6 +90,8 @@ class LLM:
             vocab_size=model_config.vocab_size,
             eos_token_ids=model_config.eos_token_ids,
         )
+        # At the interpreter's exit too: it would otherwise end while the ranks' threads are still at work.
+        weakref.finalize(self, self.llm_engine.shutdown)
         try:
             self.llm_engine.start()
         except BaseException:
