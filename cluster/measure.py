@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from cluster.ray_executor import RayExecutor
 from cluster.worker_actor import MantaWorker, RankWorker
 from engine.config import EngineConfig
 from engine.executor import CacheCapacity
-from engine.step import StepPlan, StepResult, pack
+from engine.step import StepMasks, StepPlan, StepResult, pack
 
 
 class IdleStep:
@@ -43,7 +43,7 @@ class IdleWorker:
     def reset(self, epoch: int) -> None:
         pass
 
-    def submit(self, plan: StepPlan) -> IdleStep:
+    def submit(self, plan: StepPlan, masks: Callable[[], StepMasks] | None = None) -> IdleStep:  # noqa: ARG002
         if self._step_s:
             time.sleep(self._step_s)
         token_ids = bytes(len(plan.sample_seqs))

@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 
 from cluster.step_channel import RankFault, RankLink
-from engine.step import StepPlan, StepResult, decode_plan, encode, unpack
+from engine.step import StepMasks, StepPlan, StepResult, decode_masks, decode_plan, encode, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class PendingStep(Protocol):
 class StepWorker(Protocol):
     """What the loop needs of engine.worker.Worker."""
 
-    def submit(self, plan: StepPlan) -> PendingStep: ...
+    def submit(self, plan: StepPlan, masks: Callable[[], StepMasks] | None = None) -> PendingStep: ...
 
     def reset(self, epoch: int) -> None: ...
 
@@ -91,7 +91,7 @@ class RankLoop:
                     self._since_s = time.monotonic()
                 self._submitted += 1
                 self._log(plan)
-                pending = self._worker.submit(plan)
+                pending = self._worker.submit(plan, self._await_masks)
                 if pending.done and self._submitted == self._done + 1:
                     self._finish(pending)  # no device to wait for: spare the other thread
                 else:
@@ -104,6 +104,13 @@ class RankLoop:
         if not self._faulty.is_set():
             answerer.join()
         return reason
+
+    def _await_masks(self) -> StepMasks:
+        """The masks of the plan just received: they come behind it, before any other plan."""
+        payload = self._link.receive()
+        if payload is None:
+            raise ConnectionError("the link was closed before the step's masks came")
+        return decode_masks(payload)
 
     def _answer(self) -> None:
         self._bind()

@@ -27,7 +27,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError, ExecutorDied, MantaError
 from engine.executor import CacheCapacity
 from engine.model_config import ModelConfig
-from engine.step import StepPlan, StepResult, decode_result, encode, unpack
+from engine.step import StepMasks, StepPlan, StepResult, decode_result, encode, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +239,12 @@ class RayExecutor:
         else:
             channel.send(payload)
         return future
+
+    def send_masks(self, masks: StepMasks) -> None:
+        with self._lock:
+            channel = self._channel if self._died is None else None
+        if channel is not None:
+            channel.send(encode(masks))  # of a step that has failed otherwise: nobody waits for them
 
     def check(self) -> None:
         """Raise ExecutorDied if a rank is dead, or a step takes so long that one must be stuck. May take a second."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from engine.step import StepPlan, StepResult
+from engine.step import StepMasks, StepPlan, StepResult
 
 
 class CacheCapacity(msgspec.Struct, frozen=True):
@@ -29,6 +29,10 @@ class Executor(Protocol):
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Queue a plan behind those submitted before. The future raises ExecutorDied if a rank fails."""
+        ...
+
+    def send_masks(self, masks: StepMasks) -> None:
+        """Give the last submitted plan the masks it awaits. Must come before the next submit."""
         ...
 
     def check(self) -> None:

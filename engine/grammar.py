@@ -22,7 +22,7 @@ from engine.errors import ConfigError, RequestError
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "structural_tag"]
 
 MAX_GRAMMAR_CHARS = 256 * 1024
-_JSON_OPTIONS = {"whitespace_pattern": r"[ \t\n\r]{0,16}"}
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{0,16}"}
 """A bound on the white space between JSON tokens: a model that likes indenting may, none can indent forever."""
 
 

@@ -11,8 +11,9 @@ from engine.errors import ConfigError, ExecutorDied
 from engine.executor import CacheCapacity
 from engine.model_config import ModelConfig
 from engine.parallel.communicator import Solo
-from engine.step import StepPlan, StepResult
-from engine.worker.worker import PendingStep, Worker
+from engine.step import StepMasks, StepPlan, StepResult
+from engine.worker.backend import PendingStep
+from engine.worker.worker import Worker
 
 _Job = tuple[StepPlan, "Future[StepResult]"]
 _Started = tuple[PendingStep, "Future[StepResult]"]
@@ -30,6 +31,7 @@ class LocalExecutor:
         self._epoch = 0
         self._fault: ExecutorDied | None = None
         self._plans: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._masks: queue.SimpleQueue[StepMasks | None] = queue.SimpleQueue()
         self._started: queue.SimpleQueue[_Started | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -47,6 +49,9 @@ class LocalExecutor:
         else:
             self._plans.put((plan, future))
         return future
+
+    def send_masks(self, masks: StepMasks) -> None:
+        self._masks.put(masks)
 
     def check(self) -> None:
         if self._fault is not None:
@@ -77,9 +82,17 @@ class LocalExecutor:
     def _stop_threads(self) -> None:
         """Run what is queued, or fail it after a fault, and end the threads."""
         self._plans.put(None)
+        self._masks.put(None)
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        self._masks = queue.SimpleQueue()
+
+    def _await_masks(self) -> StepMasks:
+        masks = self._masks.get()
+        if masks is None:
+            raise ExecutorDied("the executor was stopped while a step waited for its masks")
+        return masks
 
     def _run_plans(self) -> None:
         while (job := self._plans.get()) is not None:
@@ -88,7 +101,7 @@ class LocalExecutor:
                 future.set_exception(self._fault)
                 continue
             try:
-                pending = self._worker.submit(plan)
+                pending = self._worker.submit(plan, self._await_masks)
             except Exception as error:
                 self._fail(future, error)
                 continue

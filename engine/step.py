@@ -72,7 +72,7 @@ class StepPlan(msgspec.Struct, array_like=True, gc=False):
     replaced: bytes = b""
     """int32 triples (seq id, index in its block table, block id): copy-on-write targets."""
     seq_ids: bytes = b""
-    """int32 [S]. The first num_decodes entries compute one token each and are decodes; the others are prefill chunks."""
+    """int32 [S]. The first num_decodes entries are decodes, one token each; the others are prefill chunks."""
     num_tokens: bytes = b""
     """int32 [S]: tokens computed of each."""
     num_decodes: int = 0
@@ -84,11 +84,23 @@ class StepPlan(msgspec.Struct, array_like=True, gc=False):
     """int32 [R]: who draws a token."""
     sample_entries: bytes = b""
     """int32 [R]: the entry of [0, S) from whose last logits it draws (its own, or its parent's at a fork)."""
+    masked: bytes = b""
+    """int32: indices into sample_seqs whose tokens a mask restricts. If not empty, one StepMasks follows the plan,
+    before any other plan: the ranks compute meanwhile, and wait for it only to draw."""
 
     @property
     def empty(self) -> bool:
         """Whether nothing is computed; such a plan only changes the mirrors."""
         return not self.seq_ids
+
+
+class StepMasks(msgspec.Struct, array_like=True, gc=False):
+    """Which tokens the masked samples of one plan may draw."""
+
+    epoch: int
+    step: int
+    bits: bytes
+    """int32 [len(masked), ceil(vocab / 32)]: bit t % 32 of word t // 32 of a row says whether token t may be drawn."""
 
 
 class SampledLogprobs(msgspec.Struct, array_like=True, gc=False):
@@ -135,16 +147,21 @@ class StepResult(msgspec.Struct, array_like=True, gc=False):
 
 _encoder = msgspec.msgpack.Encoder()
 _plan_decoder = msgspec.msgpack.Decoder(StepPlan)
+_masks_decoder = msgspec.msgpack.Decoder(StepMasks)
 _result_decoder = msgspec.msgpack.Decoder(StepResult)
 
 
 def encode(value: Any) -> bytes:
-    """Serialize a plan or a result."""
+    """Serialize a plan, masks or a result."""
     return _encoder.encode(value)
 
 
 def decode_plan(data: bytes | memoryview) -> StepPlan:
     return _plan_decoder.decode(data)
+
+
+def decode_masks(data: bytes | memoryview) -> StepMasks:
+    return _masks_decoder.decode(data)
 
 
 def decode_result(data: bytes | memoryview) -> StepResult:

@@ -14,7 +14,18 @@ from engine.errors import ExecutorDied
 from engine.executor import CacheCapacity
 from engine.request import Request, SequenceOutput
 from engine.sampling_params import SamplingParams
-from engine.step import NewSequence, PromptLogprobs, SampledLogprobs, StepPlan, StepResult, decode_plan, encode, unpack
+from engine.step import (
+    NewSequence,
+    PromptLogprobs,
+    SampledLogprobs,
+    StepMasks,
+    StepPlan,
+    StepResult,
+    decode_masks,
+    decode_plan,
+    encode,
+    unpack,
+)
 
 EOS = 1
 VOCAB_SIZE = 97
@@ -107,6 +118,8 @@ class HashExecutor:
         """Blocks by the children forked in this plan, which own what their parent is still computing."""
         self._pending: deque[tuple[Future[StepResult], StepResult]] = deque()
         self._dead = False
+        self._awaiting: tuple[StepPlan, Future[StepResult]] | None = None
+        """A plan whose masks have not come."""
 
     def start(self) -> CacheCapacity:
         assert not self.running
@@ -138,14 +151,30 @@ class HashExecutor:
         if self._dead or not self.running:
             future.set_exception(ExecutorDied(f"injected at {number}", ranks=(0,)))
             return future
+        assert self._awaiting is None, "a plan before the masks of the last one"
         plan = decode_plan(encode(plan))
-        result = self._run(plan)
+        if plan.masked:
+            self._awaiting = (plan, future)
+        else:
+            self._finish(plan, future, None)
+        return future
+
+    def send_masks(self, masks: StepMasks) -> None:
+        if self._dead or not self.running:
+            return
+        assert self._awaiting is not None, "masks that no plan awaits"
+        plan, future = self._awaiting
+        self._awaiting = None
+        assert (masks.epoch, masks.step) == (plan.epoch, plan.step), "masks of another step"
+        self._finish(plan, future, decode_masks(encode(masks)))
+
+    def _finish(self, plan: StepPlan, future: Future[StepResult], masks: StepMasks | None) -> None:
+        result = self._run(plan, masks)
         self.plans.append(plan)
         if self.lazy:
             self._pending.append((future, result))
         else:
             future.set_result(result)
-        return future
 
     def release(self, count: int = 1) -> None:
         """Let the oldest results of a lazy executor out."""
@@ -155,7 +184,7 @@ class HashExecutor:
 
     # A plan, in the order that engine/step.py gives.
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _run(self, plan: StepPlan, masks: StepMasks | None) -> StepResult:
         assert plan.epoch == self.epoch, f"plan of epoch {plan.epoch}, this is {self.epoch}"
         assert plan.step == len(self.plans), f"step {plan.step}, expected {len(self.plans)}"
         for seq_id in unpack(plan.dropped).tolist():
@@ -177,7 +206,7 @@ class HashExecutor:
                 for (mirror, count), state in zip(entries, states)
                 if (part := self._prompt_logprobs(mirror, count, state)) is not None
             ]
-        self._draw(plan, entries, states, result)
+        self._draw(plan, entries, states, result, _allowed_tokens(plan, masks))
         self.max_live = max(self.max_live, len(self.mirrors))
         return result
 
@@ -271,7 +300,12 @@ class HashExecutor:
         )
 
     def _draw(
-        self, plan: StepPlan, entries: list[tuple[_Mirror, int]], states: list[list[int]], result: StepResult
+        self,
+        plan: StepPlan,
+        entries: list[tuple[_Mirror, int]],
+        states: list[list[int]],
+        result: StepResult,
+        allowed: dict[int, list[int]],
     ) -> None:
         drawn: list[int] = []
         seq_ids, sources = unpack(plan.sample_seqs).tolist(), unpack(plan.sample_entries).tolist()
@@ -283,7 +317,10 @@ class HashExecutor:
             position, prompt = len(mirror.tokens), mirror.new.num_prompt_tokens
             assert position < self.config.model_len, "draws past max_model_len"
             assert params.max_tokens is None or position < prompt + params.max_tokens, "draws past max_tokens"
-            drawn.append(draw(state, params, mirror.new.seed, position, prompt, self.eos_every))
+            token = draw(state, params, mirror.new.seed, position, prompt, self.eos_every)
+            if sample in allowed and token not in allowed[sample]:
+                token = allowed[sample][token % len(allowed[sample])]
+            drawn.append(token)
             if params.needs_logprobs:
                 top = list(range(params.logprobs or 0))
                 result.logprobs.append(
@@ -298,6 +335,15 @@ class HashExecutor:
         for seq_id, token in zip(seq_ids, drawn):
             self.mirrors[seq_id].tokens.append(token)
         result.token_ids = np.array(drawn, "<i4").tobytes()
+
+
+def _allowed_tokens(plan: StepPlan, masks: StepMasks | None) -> dict[int, list[int]]:
+    """The tokens that each masked sample may draw."""
+    if masks is None:
+        return {}
+    samples = unpack(plan.masked).tolist()
+    rows = np.frombuffer(masks.bits, np.uint8).reshape(len(samples), -1)
+    return {s: np.flatnonzero(np.unpackbits(row, bitorder="little")).tolist() for s, row in zip(samples, rows)}
 
 
 def engine_config(**changes: object) -> EngineConfig:

@@ -13,7 +13,7 @@ from engine.layers.attention import Runs, StepInput
 from engine.layers.rotary import cos_sin_table
 from engine.model_config import ModelConfig
 from engine.models.base import Model
-from engine.step import PromptLogprobs, StepPlan, StepResult, pack, unpack
+from engine.step import PromptLogprobs, StepMasks, StepPlan, StepResult, pack, unpack
 from engine.worker.batch import Batch, Entries, Int64Array
 from engine.worker.cuda_graphs import DecodeGraphs
 from engine.worker.kv_cache import KvCache
@@ -67,8 +67,8 @@ class ModelRunner:
         self.batch.clear()
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Finish:
-        """Queue a plan on the device; the tokens drawn are in the mirror for the next.
+    def run(self, plan: StepPlan, masks: Callable[[], StepMasks] | None = None) -> Finish:
+        """Queue a plan on the device; the tokens drawn are in the mirror for the next. `masks` waits for the plan's.
 
         Returns what makes the result, to be called once the device has come this far.
         """
@@ -79,14 +79,14 @@ class ModelRunner:
             return lambda: StepResult(plan.epoch, plan.step)
         slots = self.batch.sampled_slots(plan)
         if self._graphs is not None and _all_decode(plan) and not (self._state.flags[slots] & PROMPT_LOGPROBS).any():
-            return self._decode(self._graphs, plan, entries, slots)
+            return self._decode(self._graphs, plan, entries, slots, masks)
         hidden = self._model.forward(self._inputs(entries))
         prompts = list(self._prompt_logprobs(plan, entries, hidden))
         self.batch.computed(entries)
         if not plan.sample_seqs:
             return lambda: StepResult(plan.epoch, plan.step, prompt_logprobs=[finish() for finish in prompts])
         logits = self._model.logits(self._last_rows(plan, entries, hidden))
-        token_ids, rows = self._sampler.sample(logits, slots)
+        token_ids, rows = self._sampler.sample(logits, slots, self._allowed(plan, masks))
         self.batch.append(slots, token_ids)
         drawn = Download(token_ids.to(torch.int32))
         logprobs = sampled_logprobs(logits, token_ids, rows)
@@ -94,15 +94,22 @@ class ModelRunner:
             plan.epoch, plan.step, pack(drawn.numpy()), logprobs(), [finish() for finish in prompts]
         )
 
-    def _decode(self, graphs: DecodeGraphs, plan: StepPlan, entries: Entries, slots: Int64Array) -> Finish:
+    def _decode(
+        self,
+        graphs: DecodeGraphs,
+        plan: StepPlan,
+        entries: Entries,
+        slots: Int64Array,
+        masks: Callable[[], StepMasks] | None,
+    ) -> Finish:
         """A step of decodes alone, each drawing its next token."""
         rows = self._state.rows(slots)
         logits = graphs.forward(slots, entries.starts)
-        if graphs.can_draw(rows):
+        if not plan.masked and graphs.can_draw(rows):
             drawn = Download(graphs.draw(rows))
             token_ids = None
         else:
-            token_ids, rows = self._sampler.sample(logits, slots)
+            token_ids, rows = self._sampler.sample(logits, slots, self._allowed(plan, masks))
             drawn = Download(graphs.append(token_ids))
         self.batch.computed(entries)
         self.batch.num_tokens[slots] += 1
@@ -117,6 +124,17 @@ class ModelRunner:
             self._state.add(self.batch.add(new), new)
         if plan.copies:
             self._cache.copy(upload(unpack(plan.copies).astype(np.int64).reshape(-1, 2), self._device))
+
+    def _allowed(self, plan: StepPlan, masks: Callable[[], StepMasks] | None) -> Tensor | None:
+        """The tokens each drawing row may draw, [R, ceil(vocab / 32)] int32 on the device; None: all of them."""
+        if not plan.masked:
+            return None
+        assert masks is not None, "a plan with masked samples came without a way to their masks"
+        given = masks()
+        assert (given.epoch, given.step) == (plan.epoch, plan.step), "masks of another step"
+        allowed = np.full((len(plan.sample_seqs) // 4, -(-self._vocab_size // 32)), -1, np.int32)
+        allowed[unpack(plan.masked)] = unpack(given.bits).reshape(-1, allowed.shape[1])
+        return upload(allowed, self._device)
 
     def _inputs(self, entries: Entries) -> StepInput:
         token_ids, positions, slots = self.batch.inputs(entries)

@@ -22,16 +22,19 @@ class Sampler:
     def __init__(self, batch: Batch, state: SamplingState) -> None:
         self._batch, self._state = batch, state
 
-    def sample(self, logits: Tensor, slots: Int64Array) -> tuple[Tensor, Rows]:
+    def sample(self, logits: Tensor, slots: Int64Array, allowed: Tensor | None = None) -> tuple[Tensor, Rows]:
         """Token ids [R] int64 drawn from logits [R, vocab], a row for each of `slots`, and the rows' description.
 
-        Each draw depends on its row's logits, parameters, seed and position alone. Penalties count the drawn tokens.
+        Each draw depends on its row's logits, parameters, seed, position and mask alone. Penalties count the drawn
+        tokens. `allowed` [R, ceil(vocab / 32)] int32 are this step's masks.
         """
         rows = self._state.rows(slots)
-        if rows.flags == 0:
+        if rows.flags == 0 and allowed is None:
             return torch.argmax(logits, dim=-1), rows
         positions = upload(self._batch.num_tokens[slots], logits.device)
         tensors = dataclasses.replace(rows.tensors, positions=positions, bias=self._state.bias(rows, positions))
+        if allowed is not None:
+            tensors.allowed = allowed if tensors.allowed is None else allowed & tensors.allowed
         token_ids: Tensor = sample(logits, tensors)
         if tensors.penalties is not None:
             count_tokens(token_ids, tensors.penalties.rows, tensors.penalties.output_counts)

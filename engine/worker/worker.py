@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from engine.config import EngineConfig
@@ -13,7 +15,7 @@ from engine.models.base import Model
 from engine.models.registry import find_model
 from engine.models.weights import fill_dummy, load_weights
 from engine.parallel.communicator import Communicator
-from engine.step import StepPlan
+from engine.step import StepMasks, StepPlan
 from engine.worker.backend import PendingStep, make_backend
 from engine.worker.kv_cache import KvCache, plan_capacity
 from engine.worker.largest_step import largest_step
@@ -63,8 +65,11 @@ class Worker:
         )
         self._runner.prepare()
 
-    def submit(self, plan: StepPlan) -> PendingStep:
-        """Run a plan after those before it. Raises ExecutorDied for one of another epoch or out of order."""
+    def submit(self, plan: StepPlan, masks: Callable[[], StepMasks] | None = None) -> PendingStep:
+        """Run a plan after those before it. Raises ExecutorDied for one of another epoch or out of order.
+
+        `masks` waits for the masks of a plan that has masked samples; it is called once all else is queued.
+        """
         assert self._runner is not None, "allocate first"
         if (plan.epoch, plan.step) != (self._epoch, self._next_step):
             raise ExecutorDied(
@@ -74,7 +79,7 @@ class Worker:
             )
         self._next_step += 1
         timer = self._backend.timer()
-        finish = self._runner.run(plan)
+        finish = self._runner.run(plan, masks)
         return timer.pending(finish if self.rank == 0 else None)
 
     def _largest_step(self) -> None:

@@ -36,7 +36,7 @@ class GateWorker:
     def reset(self, epoch):
         self.epochs.append(epoch)
 
-    def submit(self, plan):
+    def submit(self, plan, masks=None):  # noqa: ARG002
         if plan.step in self.submit_errors:
             raise self.submit_errors[plan.step]
         gate = threading.Event()

@@ -32,7 +32,7 @@ def channel(request):
 class OddWorker(IdleWorker):
     """Draws as many tokens as the plan has prompt tokens; raises on sequence 666, sleeps for ever on 667."""
 
-    def submit(self, plan):
+    def submit(self, plan, masks=None):  # noqa: ARG002
         ids = unpack(plan.seq_ids).tolist()
         if 666 in ids:
             raise RuntimeError("a step that cannot be")
