@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ import torch.distributed
 from torch import Tensor
 
 from engine.errors import ExecutorDied
+from engine.parallel.meeting import address_towards, meet
 
 
 class Communicator(Protocol):
@@ -68,16 +68,12 @@ class Gloo:
     def __init__(self, rank: int, size: int, address: str, timeout_s: float) -> None:
         self.rank = rank
         self.size = size
-        host, _, port = address.rpartition(":")
-        timeout = timedelta(seconds=timeout_s)
+        dist: Any = torch.distributed  # its stubs leave out what is used here
         try:
-            dist: Any = torch.distributed  # its stubs leave out what is used here
-            self._store = dist.TCPStore(
-                host, int(port), size, is_master=rank == 0, timeout=timeout, wait_for_workers=False
-            )
+            self._store: Any = meet(rank, size, address, timeout_s)
             options = dist.ProcessGroupGloo._Options()
-            options._timeout = timeout
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=_address_towards(host, int(port)))]
+            options._timeout = timedelta(seconds=timeout_s)
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(address))]
             self._group: Any = dist.ProcessGroupGloo(self._store, rank, size, options)
         except (RuntimeError, OSError, ValueError) as error:
             raise ExecutorDied(
@@ -99,18 +95,10 @@ class Gloo:
         self._wait(self._group.barrier())
 
     def close(self) -> None:
-        self._group = None
+        self._group = self._store = None
 
     def _wait(self, work: Any) -> None:
         try:
             work.wait()
         except RuntimeError as error:
             raise ExecutorDied(f"rank {self.rank}: a collective failed: {error}") from error
-
-
-def _address_towards(host: str, port: int) -> str:
-    """This machine's address on the way to `host`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
-        probe.connect((host, port))
-        address: str = probe.getsockname()[0]
-        return address

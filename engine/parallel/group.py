@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import Store
 
 from engine.errors import ExecutorDied
 from engine.parallel.communicator import Communicator, Gloo, Solo
+from engine.parallel.meeting import meet
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +35,8 @@ def _connect_gpus(rank: int, size: int, address: str, timeout_s: float) -> Commu
     from engine.parallel.peer_memory import PeerMemory, forced_method
 
     method = forced_method()
-    host, _, port = address.rpartition(":")
     try:
-        store = TCPStore(
-            host,
-            int(port),
-            size,
-            is_master=rank == 0,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
+        store = meet(rank, size, address, timeout_s)
         nccl = Nccl(rank, size, store, torch.device("cuda", torch.cuda.current_device()), timeout_s)
     except (RuntimeError, OSError, ValueError) as error:
         raise ExecutorDied(
