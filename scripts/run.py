@@ -62,6 +62,8 @@ class Head:
         self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
         for name, file in _HAPROXY_FILES.items():
             self.environment.setdefault(name, str(folder / file))
+        for name, port in _HAPROXY_PORTS.items():
+            self.environment.setdefault(name, str(_free_port(port)))
 
     def start(self) -> None:
         """Start a head unless one runs. Raises StartFailed."""
@@ -111,6 +113,7 @@ _HAPROXY_FILES = {
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "haproxy-state",
 }
+_HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
 
 
 class Application:
@@ -129,9 +132,11 @@ class Application:
 
     def start(self, path: str) -> None:
         """`serve run` the file and wait until it answers. Raises StartFailed."""
-        environment = {**self._head.environment, "RAY_ADDRESS": str(self._head.address)}
-        command = [str(BIN / "serve"), "run", "--non-blocking", "--address", str(self._head.address), path]
-        done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        # Without an address Ray finds the head by itself, and only then takes the user's token along.
+        command = [str(BIN / "serve"), "run", "--non-blocking", path]
+        done = subprocess.run(
+            command, env=self._head.environment, cwd=REPOSITORY, capture_output=True, text=True, check=False
+        )
         if done.returncode != 0 or "Submitted deploy config" not in done.stdout + done.stderr:
             raise StartFailed(f"serve run failed:\n{(done.stdout + done.stderr)[-3000:]}")
         self._connect()
@@ -158,7 +163,7 @@ class Application:
         os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
         import ray
 
-        ray.init(address=self._head.address, namespace="serve", log_to_driver=False, logging_level="ERROR")
+        ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level="ERROR")
 
     def _status(self) -> Any:
         from ray import serve
