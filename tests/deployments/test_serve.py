@@ -1,0 +1,314 @@
+"""The embedded model as a person serves it: run.sh's launcher, Ray Serve behind HAProxy, clients of every kind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from deployments.config import REPOSITORY
+
+pytestmark = pytest.mark.serve
+
+START_S = 180.0
+STOP_S = 90.0
+QUESTION: Any = [{"role": "user", "content": "What is 17 + 25?"}]
+ANSWER = "17 + 25 = 42"
+
+
+@dataclass
+class Served:
+    """A launcher that serves, and the environment of a program beside it."""
+
+    url: str
+    environment: dict[str, str]
+    process: subprocess.Popen[str]
+    output: list[str]
+
+    def python(self, program: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """Run a program in a process, and a Ray job, of its own."""
+        return subprocess.run(
+            [sys.executable, "-c", program],
+            env=self.environment,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def wait_idle(self, timeout_s: float = 15.0) -> dict[str, Any]:
+        """The stats once nothing runs and no block is held."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            stats: dict[str, Any] = httpx.get(f"{self.url}/stats").raise_for_status().json()
+            if not (stats["running"] or stats["waiting"] or stats["used_blocks"] or stats["unfinished"]):
+                return stats
+            assert time.monotonic() < deadline_s, f"still busy: {stats}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    """A Ray of its own: other folders and ports than any other on this machine."""
+    folder = Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))  # short: Ray puts sockets below it
+    content = yaml.safe_load((REPOSITORY / "configs/tiny.yaml").read_text())
+    port = content["http_options"]["port"] = free_port()
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment |= {"RAY_TMPDIR": str(folder), "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.run", str(path)],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    output: list[str] = []
+    ready = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            if line.startswith("curl "):
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert ready.wait(START_S), "".join(output)
+        assert process.poll() is None, "".join(output)
+        yield Served(f"http://127.0.0.1:{port}", environment, process, output)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        reader.join(10)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+def readme(language: str, word: str) -> str:
+    """README's code block of a language that holds a word."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL) if word in b]
+    return block
+
+
+def test_readme_curl(served: Served) -> None:
+    command = readme("bash", "curl").replace("http://127.0.0.1:8000", served.url)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert yaml.safe_load(done.stdout)["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_readme_openai(served: Served) -> None:
+    done = served.python(readme("python", "import OpenAI").replace("http://127.0.0.1:8000", served.url))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ANSWER + "\n"
+
+
+def test_readme_handle(served: Served) -> None:
+    """From another Ray job: text, pieces of text, a prompt that is no chat."""
+    done = served.python(readme("python", "get_app_handle"))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [ANSWER, ANSWER]
+    assert len(lines) >= 3
+
+
+def test_printed_lines(served: Served) -> None:
+    """What the launcher says to try does work."""
+    printed = [line.strip() for line in served.output]
+    for line in [line for line in printed if line.startswith("curl ") or " -c " in line]:
+        done = subprocess.run(
+            ["bash", "-c", line], env=served.environment, cwd=REPOSITORY, capture_output=True, text=True, check=False
+        )
+        assert ANSWER in done.stdout, (line, done.stdout, done.stderr)
+
+
+HANDLES = """
+import asyncio, time
+from ray import serve
+from engine.errors import PromptTooLong, RequestError
+
+handle = serve.get_app_handle("tiny")
+chat = [{"role": "user", "content": "What is 17 + 25?"}]
+
+# Sampling parameters are keyword arguments; n samples are a list.
+texts = handle.remote(chat, n=3, temperature=1.5, seed=3, max_tokens=8).result()
+assert len(texts) == 3 and texts == handle.remote(chat, n=3, temperature=1.5, seed=3, max_tokens=8).result()
+assert handle.remote(chat, stop=[" ="]).result() == "17 + 25"
+assert handle.remote([1, 20, 30], max_tokens=2, ignore_eos=True).result() is not None
+
+# Pieces, by either name.
+pieces = list(handle.options(stream=True).remote(chat))
+assert "".join(pieces) == "17 + 25 = 42" and len(pieces) > 1, pieces
+assert list(handle.options(stream=True, method_name="stream").remote(chat))
+
+# Errors are ours.
+for prompt, params, kind in [
+    ("", {}, RequestError),
+    ("x " * 9000, {}, PromptTooLong),
+    (chat, {"temperature": -1}, RequestError),
+    (chat, {"temprature": 1}, RequestError),
+    (5, {}, RequestError),
+    ([{"role": "wizard", "content": ""}], {}, RequestError),
+]:
+    try:
+        handle.remote(prompt, **params).result()
+    except kind as error:
+        print(type(error).__name__, error)
+    else:
+        raise AssertionError((prompt, params))
+
+# A cancelled response aborts its request, streamed or not.
+long = {"n": 8, "temperature": 1.0, "ignore_eos": True, "max_tokens": 1900}
+response = handle.remote("Count:", **long)
+stream = handle.options(stream=True).remote("Count:", **{**long, "n": 1})
+next(iter(stream))
+response.cancel()
+stream.cancel()
+
+async def main():
+    assert await handle.remote(chat) == "17 + 25 = 42"
+    return "".join([piece async for piece in handle.options(stream=True).remote(chat)])
+
+assert asyncio.run(main()) == "17 + 25 = 42"
+print("fine")
+"""
+
+
+def test_handles(served: Served) -> None:
+    before = served.wait_idle()["generated_tokens"]
+    done = served.python(HANDLES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "fine"
+    assert served.wait_idle()["generated_tokens"] - before < 8 * 1900
+
+
+def test_openai_client(served: Served, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    arguments: dict[str, Any] = {"model": "tiny", "messages": QUESTION}
+    assert client.chat.completions.create(**arguments).choices[0].message.content == ANSWER
+    pieces = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**arguments, stream=True)]
+    assert "".join(pieces) == ANSWER
+    assert len(pieces) > 3
+
+    async def main() -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+            answers = await asyncio.gather(*[client.chat.completions.create(**arguments) for _ in range(32)])
+        return [answer.choices[0].message.content for answer in answers]
+
+    assert asyncio.run(main()) == [ANSWER] * 32
+    served.wait_idle()
+
+
+def test_one_request_id(served: Served) -> None:
+    """Serve has one of its own: the client's wins, and is sent once."""
+    answer = httpx.get(f"{served.url}/v1/models", headers={"x-request-id": "mine"})
+    assert answer.headers.get_list("x-request-id") == ["mine"]
+    answer = httpx.post(f"{served.url}/v1/completions", json={"prompt": "a", "max_tokens": 1})
+    assert answer.json()["id"] == f"cmpl-{answer.headers['x-request-id']}"
+
+
+BAD: list[tuple[str, str, Any, int]] = [
+    ("POST", "/v1/chat/completions", b"{", 400),
+    ("POST", "/v1/chat/completions", {"messages": "x"}, 400),
+    ("POST", "/v1/completions", {"prompt": ""}, 400),
+    ("POST", "/v1/completions", {"prompt": "x " * 9000}, 400),
+    ("POST", "/v1/completions", {"prompt": "x", "model": "other"}, 404),
+    ("POST", "/v1/completions", {"prompt": "x", "n": 0}, 400),
+    ("POST", "/v1/completions", {"prompt": "x", "temperature": -1}, 400),
+    ("POST", "/v1/completions", {"prompt": "x", "top_p": 2}, 400),
+    ("POST", "/v1/completions", {"prompt": "x", "max_tokens": 0}, 400),
+    ("POST", "/v1/completions", {"prompt": [999_999]}, 400),
+    ("POST", "/v1/completions", {"prompt": "x", "stop": "y" * 1_000_000}, 400),
+    ("POST", "/v1/chat/completions", {"messages": QUESTION, "chat_template": "{% if %}"}, 400),
+    ("POST", "/v1/completions", b"x" * (17 << 20), 413),
+    ("GET", "/nothing", None, 404),
+    ("GET", "/v1/completions", None, 405),
+]
+
+
+@pytest.mark.parametrize("method, path, body, status", BAD, ids=lambda v: repr(v)[:32])
+def test_bad_requests(served: Served, method: str, path: str, body: Any, status: int) -> None:
+    content: dict[str, Any] = {"content": body} if isinstance(body, bytes) else {"json": body} if body else {}
+    answer = httpx.request(method, f"{served.url}{path}", timeout=30, **content)
+    assert answer.status_code == status, answer.text[:300]
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    body = {"messages": QUESTION}
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
+    assert answer.json()["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_leaving_frees_blocks(served: Served) -> None:
+    """Through HAProxy: in the middle of a stream, and before an answer."""
+    body = {"prompt": "Count:", "n": 4, "temperature": 1.0, "ignore_eos": True, "max_tokens": 1900, "stream": True}
+    before = served.wait_idle()["generated_tokens"]
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=30) as answer:
+        lines = answer.iter_lines()
+        for _ in range(10):
+            next(lines)
+        assert httpx.get(f"{served.url}/stats").json()["running"] == 4
+    served.wait_idle()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/completions", json={**body, "stream": False}, timeout=0.5)
+    stats = served.wait_idle()
+    assert stats["generated_tokens"] - before < 4 * 1900
+    assert stats["free_blocks"] == stats["num_blocks"]
+
+
+def test_64_streams(served: Served) -> None:
+    """A short form of `python -m scripts.soak --minutes 1`."""
+    command = [sys.executable, "-m", "scripts.soak", "--url", served.url, "--streams", "64", "--minutes", "0.15"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^errors +0$", done.stdout, re.MULTILINE)
+    assert re.search(r"^blocks leaked +0$", done.stdout, re.MULTILINE)
+
+
+def test_the_end(served: Served) -> None:
+    """Last: an interrupt takes down all that was started, HAProxy too. `served` has nothing left to stop."""
+    family = psutil.Process(served.process.pid).children(recursive=True)
+    folder = served.environment["RAY_TMPDIR"]
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(STOP_S) == 0, "".join(served.output[-20:])
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+    left = [p.info for p in psutil.process_iter(["cmdline"]) if folder in " ".join(p.info["cmdline"] or ())]
+    assert left == []
