@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import linear_stream
 from kernels.activation import silu_and_mul
 from kernels.linear_configs import linear_config
+from kernels.linear_gemv import GemvConfig
+from kernels.linear_stream import LinearConfig
 from kernels.registry import kernel
 from kernels.rms_norm import rms_norm
 
@@ -89,7 +90,7 @@ def _why_not_gated(x: Tensor, weight: Tensor) -> str | None:
     return _why_not_product(x, weight, "linear_silu_and_mul")
 
 
-def _config(operation: str, x: Tensor, weight: Tensor) -> linear_stream.LinearConfig:
+def _config(operation: str, x: Tensor, weight: Tensor) -> GemvConfig | LinearConfig:
     config = linear_config(operation, x.shape[0], weight.shape[0], x.shape[1])
     assert config is not None
     return config
@@ -97,12 +98,12 @@ def _config(operation: str, x: Tensor, weight: Tensor) -> linear_stream.LinearCo
 
 @linear.triton(supports=_why_not_linear)
 def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return linear_stream.linear(x, weight, _config("linear", x, weight), bias=bias)
+    return _config("linear", x, weight).product(x, weight, bias=bias)
 
 
 @linear_add.triton(supports=_why_not_linear_add)
 def _linear_add_triton(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    return linear_stream.linear(x, weight, _config("linear_add", x, weight), residual=residual)
+    return _config("linear_add", x, weight).product(x, weight, residual=residual)
 
 
 @norm_linear.triton(supports=_why_not_norm_linear)
@@ -110,15 +111,15 @@ def _norm_linear_triton(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     config = _config("norm_linear", x, weight)
-    return linear_stream.linear(x, weight, config, bias=bias, norm_weight=norm_weight, eps=eps)
+    return config.product(x, weight, bias=bias, norm_weight=norm_weight, eps=eps)
 
 
 @norm_linear_silu_and_mul.triton(supports=_why_not_norm_gated)
 def _norm_linear_silu_and_mul_triton(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
     config = _config("norm_linear_silu_and_mul", x, weight)
-    return linear_stream.linear(x, weight, config, norm_weight=norm_weight, eps=eps, act="silu")
+    return config.product(x, weight, norm_weight=norm_weight, eps=eps, act="silu")
 
 
 @linear_silu_and_mul.triton(supports=_why_not_gated)
 def _linear_silu_and_mul_triton(x: Tensor, weight: Tensor) -> Tensor:
-    return linear_stream.linear(x, weight, _config("linear_silu_and_mul", x, weight), act="silu")
+    return _config("linear_silu_and_mul", x, weight).product(x, weight, act="silu")

@@ -1,39 +1,55 @@
-"""Which product runs at which number of rows: the measured table behind kernels.linear.
+"""Which product runs at which shape: the measured table behind kernels.linear.
 
-Measured on an NVIDIA H200 by `python -m scripts.check_kernels --tune` (see BENCHMARKS.md). A row holds up to its number
-of rows M; past the last one the library's product is faster.
+Measured on an NVIDIA H200 at Llama-3-8B's shapes (`python -m scripts.tune_kernels`, `python -m scripts.kernel_step
+--tune`; see BENCHMARKS.md). Where no row holds, or a row says None, the library's product is faster.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from kernels.linear_gemv import GemvConfig
 from kernels.linear_stream import LinearConfig
 
-# operation -> [(largest M, config)], in order of M.
-TABLE: dict[str, list[tuple[int, LinearConfig]]] = {
-    "linear": [
-        (16, LinearConfig(16, 32, 256, 4, 4, 2, prefetch=256)),
-        (32, LinearConfig(32, 64, 128, 4, 4, 2, swap=True)),
-        (64, LinearConfig(64, 64, 128, 4, 4, 1)),
-    ],
+ANY = 1 << 30
+
+
+@dataclass(frozen=True)
+class Row:
+    """Holds for up to this many rows of x and this K."""
+
+    max_rows: int
+    max_size: int
+    config: GemvConfig | LinearConfig | None
+
+
+_FEW = LinearConfig(16, 64, 256, 4, 4, 1, swap=True, prefetch=256)
+
+# operation -> rows; the first that holds decides.
+TABLE: dict[str, list[Row]] = {
+    "linear": [Row(1, ANY, GemvConfig(8, 1024, prefetch=4096)), Row(16, ANY, _FEW)],
     "linear_add": [
-        (16, LinearConfig(16, 32, 256, 4, 4, 2, prefetch=256)),
-        (32, LinearConfig(32, 64, 128, 4, 4, 2, swap=True)),
-        (64, LinearConfig(64, 64, 128, 4, 4, 1)),
+        Row(1, 8192, GemvConfig(8, 1024, prefetch=4096)),
+        Row(1, ANY, GemvConfig(4, 2048, prefetch=4096)),
+        Row(16, ANY, _FEW),
+        Row(64, 8192, LinearConfig(64, 32, 128, 4, 4, 2, prefetch=256)),
+        Row(64, ANY, LinearConfig(64, 128, 128, 8, 4, 1, swap=True, prefetch=128)),
+        Row(256, 8192, LinearConfig(128, 64, 128, 8, 4, 1)),
     ],
-    "norm_linear": [(16, LinearConfig(16, 32, 256, 4, 4, 2, prefetch=256))],
-    "norm_linear_silu_and_mul": [(16, LinearConfig(16, 32, 256, 4, 3, 2, prefetch=256))],
-    "linear_silu_and_mul": [
-        (16, LinearConfig(16, 32, 256, 4, 3, 2, prefetch=256)),
-        (64, LinearConfig(64, 64, 128, 4, 3, 1)),
+    "norm_linear": [Row(1, ANY, GemvConfig(8, 1024, prefetch=4096)), Row(16, ANY, _FEW)],
+    "linear_silu_and_mul": [Row(1, ANY, GemvConfig(4, 1024, prefetch=4096))],
+    "norm_linear_silu_and_mul": [
+        Row(1, ANY, GemvConfig(4, 1024, prefetch=4096)),
+        Row(8, ANY, LinearConfig(16, 64, 128, 8, 3, 2, swap=True)),
     ],
 }
 
 
-def linear_config(operation: str, rows: int, num_columns: int, size: int) -> LinearConfig | None:
+def linear_config(operation: str, rows: int, num_columns: int, size: int) -> GemvConfig | LinearConfig | None:
     """The config of a product of `rows` rows, weight [num_columns, size]; None where the library is faster."""
     if size % 8 or num_columns < 16:
         return None
-    for largest, config in TABLE[operation]:
-        if rows <= largest:
-            return config
+    for row in TABLE[operation]:
+        if rows <= row.max_rows and size <= row.max_size:
+            return row.config
     return None

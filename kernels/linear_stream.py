@@ -38,6 +38,20 @@ class LinearConfig:
     swap: bool = False  # weights as the left operand
     prefetch: int = 0  # columns of the range's first weights to bring into L2 early
 
+    def product(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        norm_weight: Tensor | None = None,
+        eps: float = 0.0,
+        act: str = "",
+    ) -> Tensor:
+        """x [M, K] times weight [N, K] transposed, with what is asked for around it; with act, weight is [2N, K]."""
+        return _product(self, x, weight, bias=bias, residual=residual, norm_weight=norm_weight, eps=eps, act=act)
+
 
 @cache
 def _arrived(device: torch.device) -> Tensor:
@@ -46,7 +60,7 @@ def _arrived(device: torch.device) -> Tensor:
 
 
 @jit
-def _prefetch_l2(address, size):
+def prefetch_l2(address, size):
     """Start fetching `size` bytes from each address (multiples of 16) into the L2 cache."""
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [address, size], dtype=tl.int32,
@@ -55,7 +69,7 @@ def _prefetch_l2(address, size):
 
 
 @jit
-def _write_out(
+def write_out(
     acc, acc_up, square_sum, bias, residual, out, row, column, rows, stride_r, stride_o, eps,
     N: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -98,9 +112,9 @@ def _linear_kernel(
             first_row = tl.minimum(step // STEPS * BN + n, N - 1).to(tl.int64)
             first_k = tl.minimum(step % STEPS * BK, K - prefetch)
             size = n * 0 + prefetch * 2
-            _prefetch_l2((w + first_row * stride_w + first_k).to(tl.int64), size)
+            prefetch_l2((w + first_row * stride_w + first_k).to(tl.int64), size)
             if ACT != "":
-                _prefetch_l2((w + (first_row + N) * stride_w + first_k).to(tl.int64), size)
+                prefetch_l2((w + (first_row + N) * stride_w + first_k).to(tl.int64), size)
         tl.extra.cuda.gdc_wait()
     row = row_tile * BM + tl.arange(0, BM)
     in_rows = (row < rows)[:, None]
@@ -152,7 +166,7 @@ def _linear_kernel(
             acc = tl.trans(acc)
             acc_up = tl.trans(acc_up)
         if take == STEPS:
-            _write_out(
+            write_out(
                 acc, acc_up, square_sum, bias, residual, out, row, column, rows, stride_r, stride_o, eps,
                 N, K, ACT, NORM, ADD, BIAS,
             )  # fmt: skip
@@ -185,7 +199,7 @@ def _linear_kernel(
                     if NORM:
                         squares = partial_squares + slot * BM + tl.arange(0, BM)
                         square_sum += tl.load(squares, cache_modifier=".cg")
-                _write_out(
+                write_out(
                     acc, acc_up, square_sum, bias, residual, out, row, column, rows, stride_r, stride_o, eps,
                     N, K, ACT, NORM, ADD, BIAS,
                 )  # fmt: skip
@@ -195,18 +209,17 @@ def _linear_kernel(
         is_first_segment = 0
 
 
-def linear(
+def _product(
+    config: LinearConfig,
     x: Tensor,
     weight: Tensor,
-    config: LinearConfig,
     *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
-    act: str = "",
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    act: str,
 ) -> Tensor:
-    """x [M, K] times weight [N, K] transposed, with what is asked for around it; with act, weight is [2N, K]."""
     rows, size = x.shape
     num_columns = weight.shape[0] // (2 if act else 1)
     out = torch.empty(rows, num_columns, dtype=x.dtype, device=x.device)

@@ -32,6 +32,7 @@ class DecodeConfig:
     num_warps: int = 4
     num_stages: int = 3
     programs_per_multiprocessor: int = 2
+    min_tiles: int = 1  # the least work of a slice: fewer slices are cheaper to merge
 
 
 def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
@@ -65,7 +66,7 @@ def _first_tile(context_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
 
 @jit(do_not_specialize=["num_seqs", "num_slices"])
 def _plan_kernel(
-    context_lens, plan, num_seqs, num_slices,
+    context_lens, plan, num_seqs, num_slices, min_tiles,
     B: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -77,7 +78,7 @@ def _plan_kernel(
     tiles = tl.where(b < num_seqs, tiles, 0)
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
-    per_slice = tl.maximum((total + num_slices - 1) // num_slices, 1)
+    per_slice = tl.maximum((total + num_slices - 1) // num_slices, min_tiles)
     tl.store(plan, per_slice)
     tl.store(plan + 1 + 2 * num_slices + b, ends - tiles, mask=b < num_seqs)
     for first in range(0, num_slices, CHUNK):
@@ -229,7 +230,7 @@ def make_work(
     arrived = torch.zeros(num_seqs, num_kv_heads, dtype=torch.int32, device=context_lens.device)
     padded = max(next_power_of_2(num_seqs), 256)  # few variants to compile
     _plan_kernel[(1,)](
-        context_lens, plan, num_seqs, num_slices,
+        context_lens, plan, num_seqs, num_slices, config.min_tiles,
         B=padded, TILE=config.tile, WINDOW=sliding_window, CHUNK=max(1, min(32, 16384 // padded)), num_warps=8,
         **dependent_launch(plan),
     )  # fmt: skip

@@ -43,7 +43,7 @@ def _tiles(
     acc, l, m, q, k_cache, v_cache, table, start, end, position, context_len, h_kv, scale, softcap,  # noqa: E741
     stride_kn, stride_ks, stride_kh, stride_vn, stride_vs, stride_vh,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, SAME_STRIDES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Fold keys [start, end), whole tiles, into the running softmax; MASKED looks at each (query, key) pair."""
     d = tl.arange(0, D)
@@ -55,10 +55,15 @@ def _tiles(
         index = n + tl.arange(0, BLOCK_N)
         block = next_block.to(tl.int64)
         offset = index % BLOCK_SIZE
+        k_rows = block * stride_kn + offset * stride_ks + h_kv * stride_kh
+        if SAME_STRIDES:
+            v_rows = k_rows
+        else:
+            v_rows = block * stride_vn + offset * stride_vs + h_kv * stride_vh
         ahead = index + BLOCK_N
         next_block = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < context_len, other=0)
-        k_ptrs = k_cache + (block * stride_kn + offset * stride_ks + h_kv * stride_kh)[:, None] + d[None, :]
-        v_ptrs = v_cache + (block * stride_vn + offset * stride_vs + h_kv * stride_vh)[:, None] + d[None, :]
+        k_ptrs = k_cache + k_rows[:, None] + d[None, :]
+        v_ptrs = v_cache + v_rows[:, None] + d[None, :]
         if MASKED:
             inside = (index < context_len)[:, None] & in_d[None, :]
             k = tl.load(k_ptrs, mask=inside, other=0.0)
@@ -69,21 +74,24 @@ def _tiles(
         else:
             k = tl.load(k_ptrs, mask=in_d[None, :], other=0.0)
             v = tl.load(v_ptrs, mask=in_d[None, :], other=0.0)
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if SOFTCAP:
-            s = softcap * (1.0 - 2.0 / (tl.exp2(s * (2.0 * 1.4426950408889634 / softcap)) + 1.0))
+            s = softcap * (1.0 - 2.0 / (tl.exp2(s * (scale * 2.0 * 1.4426950408889634 / softcap)) + 1.0))
             s = s * 1.4426950408889634
+            factor = 1.0
+        else:
+            factor = scale
         if MASKED:
             seen = index[None, :] <= position[:, None]
             if WINDOW > 0:
                 seen = seen & (index[None, :] > position[:, None] - WINDOW)
             s = tl.where(seen, s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1))
+        m_new = tl.maximum(m, tl.max(s, 1) * factor)
+        if MASKED:
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         else:
-            m_new = tl.maximum(m, tl.max(s, 1))
             shift = m_new
-        p = tl.exp2(s - shift[:, None])
+        p = tl.exp2(s * factor - shift[:, None])
         decay = tl.exp2(m - shift)
         l = l * decay + tl.sum(p, 1)  # noqa: E741
         acc = acc * decay[:, None]
@@ -98,8 +106,8 @@ def _prefill_kernel(
     stride_qt, stride_qh, stride_kn, stride_ks, stride_kh, stride_vn, stride_vs, stride_vh, stride_tb, stride_ot,
     stride_oh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SAME_STRIDES: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -138,17 +146,17 @@ def _prefill_kernel(
             acc, l, m = _tiles(  # noqa: E741
                 acc, l, m, qs, k_cache, v_cache, table, low, full_low, position, context_len, h_kv, scale, softcap,
                 stride_kn, stride_ks, stride_kh, stride_vn, stride_vs, stride_vh,
-                HEAD_DIM, BLOCK_SIZE, BLOCK_N, D, WINDOW, SOFTCAP, True, STAGES,
+                HEAD_DIM, BLOCK_SIZE, BLOCK_N, D, WINDOW, SOFTCAP, True, SAME_STRIDES, STAGES,
             )  # fmt: skip
         acc, l, m = _tiles(  # noqa: E741
             acc, l, m, qs, k_cache, v_cache, table, full_low, full_high, position, context_len, h_kv, scale, softcap,
             stride_kn, stride_ks, stride_kh, stride_vn, stride_vs, stride_vh,
-            HEAD_DIM, BLOCK_SIZE, BLOCK_N, D, WINDOW, SOFTCAP, False, STAGES,
+            HEAD_DIM, BLOCK_SIZE, BLOCK_N, D, WINDOW, SOFTCAP, False, SAME_STRIDES, STAGES,
         )  # fmt: skip
         acc, l, m = _tiles(  # noqa: E741
             acc, l, m, qs, k_cache, v_cache, table, full_high, high, position, context_len, h_kv, scale, softcap,
             stride_kn, stride_ks, stride_kh, stride_vn, stride_vs, stride_vh,
-            HEAD_DIM, BLOCK_SIZE, BLOCK_N, D, WINDOW, SOFTCAP, True, STAGES,
+            HEAD_DIM, BLOCK_SIZE, BLOCK_N, D, WINDOW, SOFTCAP, True, SAME_STRIDES, STAGES,
         )  # fmt: skip
         value = acc / tl.maximum(l, 1e-30)[:, None]
         o_ptrs = out + (row_start + row).to(tl.int64)[:, None] * stride_ot + h * stride_oh + d[None, :]
@@ -173,6 +181,7 @@ def prefill(
         out.stride(0), out.stride(1),
         GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, D=max(next_power_of_2(head_dim), 16), WINDOW=sliding_window, SOFTCAP=softcap > 0,
+        SAME_STRIDES=k_cache.stride() == v_cache.stride(),
         STAGES=config.num_stages, num_warps=config.num_warps, **dependent_launch(q),
     )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ def check(small: bool, workers: int) -> list[dict[str, Any]]:
         results = check_part(0, 1, small)
     else:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            results = sum(pool.starmap(check_part, [(part, workers, small) for part in range(workers)]), [])
+            results = list(chain.from_iterable(pool.starmap(check_part, [(i, workers, small) for i in range(workers)])))
     for row in results:
         if not row["passed"]:
             print("FAILED", row)

@@ -9,18 +9,21 @@ dependent launch on or off, and each stage left out, which tells a stage's true 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import launch
 from kernels.activation import silu_and_mul
 from kernels.kv_cache import rotary_and_write_kv
+from kernels.launch import dependent_launch
 from kernels.linear import linear, linear_add, linear_silu_and_mul, norm_linear, norm_linear_silu_and_mul
-from kernels.linear_configs import linear_config
+from kernels.linear_configs import ANY, TABLE, Row, linear_config
+from kernels.linear_gemv import GemvConfig
+from kernels.linear_stream import LinearConfig
 from kernels.paged_attention import decode, plan_decode
 from kernels.rms_norm import fused_add_rms_norm, rms_norm
 from kernels.sampling import SamplingTensors, sample
@@ -68,7 +71,7 @@ class Step:
         return q.reshape(-1, HEADS * HEAD_DIM)
 
     def run(self, fused: str, skip: str = "") -> Tensor:
-        """One step: fused is "all" (norms too), "some" (residual and activation) or "none" (library products)."""
+        """One step: fused is "all" (norms too), "some" (residual, activation), "add" or "none"."""
         x = F.embedding(self.tokens, self.embedding)
         plan = plan_decode(self.caches[0][0], self.tables, self.lens)
         norm, eps = self.norm, 1e-5
@@ -86,6 +89,14 @@ class Step:
                 if skip != "mlp":
                     x = linear_add(linear_silu_and_mul(rms_norm(x, norm, eps), self.gate_up[i]), self.down[i], x)
             logits = linear(rms_norm(x, norm, eps), self.head)
+        elif fused == "add":
+            for i in range(LAYERS):
+                qkv = F.linear(rms_norm(x, norm, eps), self.qkv[i])
+                x = linear_add(self.attention(qkv, i, plan, skip), self.out[i], x)
+                if skip != "mlp":
+                    y = silu_and_mul(F.linear(rms_norm(x, norm, eps), self.gate_up[i]))
+                    x = linear_add(y, self.down[i], x)
+            logits = F.linear(rms_norm(x, norm, eps), self.head)
         else:
             y = rms_norm(x, norm, eps)
             for i in range(LAYERS):
@@ -98,42 +109,97 @@ class Step:
         return logits if skip == "sample" else sample(logits, self.greedy)
 
 
-def with_dependent_launch(on: bool, call: Callable[[], float]) -> float:
-    os.environ["MANTA_PDL"] = "1" if on else "0"
-    launch._has_dependent_launch.cache_clear()
+def time_step(step: Step, fused: str, skip: str = "") -> float:
+    """Milliseconds of one step in a graph."""
+    return time_us([lambda: step.run(fused, skip)], 120) / 1e3
+
+
+@contextmanager
+def without_dependent_launch(names: list[str]) -> Iterator[None]:
+    """Launch these modules' kernels plainly."""
+    modules = [importlib.import_module(f"kernels.{name}") for name in names]
+    for module in modules:
+        module.dependent_launch = lambda _: {"PDL": False}
     try:
-        return call()
+        yield
     finally:
-        os.environ["MANTA_PDL"] = "1"
-        launch._has_dependent_launch.cache_clear()
+        for module in modules:
+            module.dependent_launch = dependent_launch
+
+
+PLAIN: dict[str, list[str]] = {
+    "nothing": [],
+    "attention": ["paged_decode"],
+    "attention, rotary": ["paged_decode", "kv_cache"],
+    "norms, activation": ["rms_norm", "activation"],
+    "products": ["linear_stream", "linear_gemv"],
+    "everything": [
+        "paged_decode", "kv_cache", "rms_norm", "activation", "linear_stream", "linear_gemv", "sampling_triton",
+    ],
+}  # fmt: skip
 
 
 def measure(step: Step, rows: int, context: int) -> None:
     """Time the step's variants, then its stages by leaving each out."""
-    kinds = ["none"]
-    if linear_config("linear", rows, 6144, 4096):
+    kinds = ["none", "add"]
+    if linear_config("linear_silu_and_mul", rows, 28672, 4096):
         kinds.append("some")
     if linear_config("norm_linear", rows, 6144, 4096):
         kinds.append("all")
     for fused in kinds:
-        on = with_dependent_launch(True, lambda f=fused: time_us([lambda: step.run(f)], 150))  # type: ignore[misc]
-        off = with_dependent_launch(False, lambda f=fused: time_us([lambda: step.run(f)], 150))  # type: ignore[misc]
-        print(f"step rows={rows} context={context} fused={fused}: {on / 1e3:.3f} ms, without PDL {off / 1e3:.3f} ms")
+        for label, names in PLAIN.items():
+            with without_dependent_launch(names):
+                ms = time_step(step, fused)
+            print(
+                f"step rows={rows} context={context} fused={fused}: {ms:.3f} ms, launched plainly: {label}", flush=True
+            )
     for skip in ("attention", "rotary", "mlp", "sample"):
-        us = time_us([lambda s=skip: step.run(kinds[-1], s)], 100)  # type: ignore[misc]
-        print(f"   {kinds[-1]}: without {skip:10s} {us / 1e3:.3f} ms", flush=True)
+        print(f"   {kinds[-1]}: without {skip:10s} {time_step(step, kinds[-1], skip):.3f} ms", flush=True)
+
+
+# (operation, max_size of its row) -> configs to try at one row.
+TRIALS: dict[tuple[str, int], list[GemvConfig | LinearConfig]] = {
+    (operation, size): [
+        GemvConfig(bn, bk, warps, prefetch)
+        for bn, bk, warps in ((8, 1024, 4), (4, 1024, 4), (4, 2048, 4), (2, 4096, 4), (8, 512, 2), (16, 512, 2))
+        for prefetch in (0, 1024, 4096)
+        if not ("silu" in operation and bn * bk > 8192)
+    ]
+    for operation, size in (("linear_add", 8192), ("linear_add", ANY), ("norm_linear", ANY),
+                            ("norm_linear_silu_and_mul", ANY))
+}  # fmt: skip
+
+
+def tune(step: Step) -> None:
+    """At one row, in the step itself: change one product's config at a time and keep the fastest."""
+    for (operation, size), configs in TRIALS.items():
+        place = next(i for i, row in enumerate(TABLE[operation]) if row.max_rows == 1 and row.max_size == size)
+        trials = [TABLE[operation][place].config, *configs, LinearConfig(16, 64, 256, 4, 4, 1, swap=True, prefetch=256)]
+        if "silu" in operation:
+            trials.append(LinearConfig(16, 64, 128, 8, 3, 2, swap=True))
+        timed = []
+        for config in trials:
+            TABLE[operation][place] = Row(1, size, config)
+            timed.append((time_step(step, "all"), config))
+        timed.sort(key=lambda pair: pair[0])
+        TABLE[operation][place] = Row(1, size, timed[0][1])
+        for ms, config in timed[:4]:
+            print(f"tune {operation} K<={size}: {ms:.3f} ms {config}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 256])
     parser.add_argument("--context", type=int, nargs="*", default=[256, 640])
+    parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
     step = Step(1, 16)
     for rows, context in zip(args.rows, args.context, strict=True):
         step.caches = []
         step.set_batch(rows, context)
+        if rows == 1 and args.tune:
+            tune(step)
         measure(step, rows, context)
 
 

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import linear_stream, paged_decode, paged_prefill
+from kernels import paged_decode, paged_prefill
 from kernels.activation import silu_and_mul
+from kernels.linear_gemv import GemvConfig
 from kernels.linear_stream import LinearConfig
 from kernels.paged_decode import DecodeConfig
 from kernels.paged_prefill import PrefillConfig
@@ -42,16 +43,22 @@ PRODUCTS = {
 }
 
 
+GEMV = [
+    (8, 1024, 4), (4, 1024, 4), (4, 2048, 4), (8, 2048, 8), (16, 1024, 8), (2, 4096, 4), (4, 4096, 8), (2, 2048, 4),
+    (8, 512, 2), (16, 512, 2), (4, 512, 2), (16, 512, 4),
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Product:
     """One candidate: a product of `rows` rows with a config."""
 
     name: str
     rows: int
-    config: LinearConfig
+    config: GemvConfig | LinearConfig
 
 
-def candidates(rows: int, operation: str) -> list[LinearConfig]:
+def candidates(rows: int, operation: str) -> list[GemvConfig | LinearConfig]:
     """Configs worth trying for this many rows: (BN, BK, warps, stages, programs a multiprocessor, swap)."""
     gated = "silu" in operation
     if rows <= 16:
@@ -82,7 +89,9 @@ def candidates(rows: int, operation: str) -> list[LinearConfig]:
             (128, 64, 8, 4, 1, True), (128, 32, 8, 6, 1, False), (64, 64, 4, 5, 2, False),
         ]  # fmt: skip
         tiles = [128, 256]
-    out = []
+    out: list[GemvConfig | LinearConfig] = []
+    if rows == 1:
+        out += [GemvConfig(bn, bk, warps) for bn, bk, warps in GEMV if not (gated and bn * bk > 8192)]
     for (bn, bk, warps, stages, programs, swap), bm in itertools.product(table, tiles):
         width = bn
         bn = bn // 2 if gated else bn  # a gated tile has two halves
@@ -131,7 +140,7 @@ def try_products(items: list[Product]) -> list[tuple[Product, float | str]]:
             cache[key] = weights, inputs, library_product(weights[0], inputs)
         weights, inputs, expected = cache[key]
         try:
-            out = linear_stream.linear(weight=weights[0], config=item.config, **inputs)
+            out = item.config.product(weight=weights[0], **inputs)
             results.append((item, relative_error(out, expected)))
         except Exception as error:
             results.append((item, f"{type(error).__name__}: {str(error)[:80]}"))
@@ -162,19 +171,20 @@ def spread(items: list[Any], workers: int) -> list[list[Any]]:
     return [items[i::workers] for i in range(workers) if items[i::workers]]
 
 
-def tune_products(rows: list[int], workers: int, bandwidth: float, pool: Any) -> list[dict[str, Any]]:
+def tune_products(names: list[str], rows: list[int], workers: int, bandwidth: float, pool: Any) -> list[dict[str, Any]]:
     """Time every candidate of every product at these numbers of rows."""
     items = [
         Product(name, m, config)
-        for name, (_, _, operation) in PRODUCTS.items()
+        for name in names
         for m in rows
+        for operation in [PRODUCTS[name][2]]
         if not (operation.startswith("norm") and m > 16) and not (name == "head" and m not in (1, 256))
         for config in candidates(m, operation)
     ]
     start = time.time()
     tried = [pair for part in pool.map(try_products, spread(items, workers)) for pair in part]
     print(f"{len(items)} products compiled and checked in {time.time() - start:.0f} s")
-    passed: dict[tuple[str, int], list[LinearConfig]] = defaultdict(list)
+    passed: dict[tuple[str, int], list[GemvConfig | LinearConfig]] = defaultdict(list)
     for item, result in tried:
         if isinstance(result, float) and result < 1.2e-2:
             passed[item.name, item.rows].append(item.config)
@@ -183,24 +193,24 @@ def tune_products(rows: list[int], workers: int, bandwidth: float, pool: Any) ->
     return [row for (name, m), configs in sorted(passed.items()) for row in time_products(name, m, configs, bandwidth)]
 
 
-def time_products(name: str, m: int, configs: list[LinearConfig], bandwidth: float) -> list[dict[str, Any]]:
+def time_products(
+    name: str, m: int, configs: list[GemvConfig | LinearConfig], bandwidth: float
+) -> list[dict[str, Any]]:
     """Time the configs of one product, then the best few with weights fetched early; prints the best three."""
     columns, size, _ = PRODUCTS[name]
     weight_bytes = columns * size * 2
     weights, inputs = make_product(name, m, max(2, min(16, (600 << 20) // weight_bytes)))
     library = time_us([partial(library_product, w, inputs) for w in weights])
-    timed: list[tuple[float, LinearConfig]] = []
+    timed: list[tuple[float, GemvConfig | LinearConfig]] = []
 
-    def measure(config: LinearConfig) -> None:
-        timed.append(
-            (time_us([partial(linear_stream.linear, weight=w, config=config, **inputs) for w in weights]), config)
-        )
+    def measure(config: GemvConfig | LinearConfig) -> None:
+        timed.append((time_us([partial(config.product, weight=w, **inputs) for w in weights]), config))
 
     for config in configs:
         measure(config)
     timed.sort(key=lambda pair: pair[0])
     for _, config in list(timed[:3]):
-        for prefetch in (128, 256, 512, 1024):
+        for prefetch in (256, 512, 2048, 4096):
             measure(replace(config, prefetch=prefetch))
     timed.sort(key=lambda pair: pair[0])
     us, best = timed[0]
@@ -214,7 +224,12 @@ def time_products(name: str, m: int, configs: list[LinearConfig], bandwidth: flo
 DECODE_CONFIGS = [
     DecodeConfig(tile, warps, stages, programs)
     for (tile, warps, stages), programs in itertools.product(
-        [(32, 2, 4), (32, 4, 4), (32, 4, 6), (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 4, 3), (128, 8, 3)], (1, 2, 3, 4)
+        [(32, 2, 4), (32, 2, 3), (32, 4, 4), (64, 4, 3), (64, 4, 4), (128, 4, 3)], (1, 2, 3, 4)
+    )
+] + [
+    DecodeConfig(tile, warps, stages, programs, least)
+    for (tile, warps, stages, programs), least in itertools.product(
+        [(32, 2, 4, 4), (32, 2, 3, 4), (64, 4, 4, 2), (64, 4, 3, 3)], (2, 4, 8, 16)
     )
 ]
 PREFILL_CONFIGS = [
@@ -288,26 +303,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 64, 128, 256])
     parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--products", nargs="*", default=list(PRODUCTS))
     parser.add_argument("--only", choices=["products", "attention"])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     results: list[dict[str, Any]] = []
+    bandwidth = copy_bandwidth()
+    print(f"copy {bandwidth / 1e12:.2f} TB/s")
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        attention = [("decode", c) for c in DECODE_CONFIGS if c.programs_per_multiprocessor == 1]
+        attention = [("decode", c) for c in DECODE_CONFIGS if c.programs_per_multiprocessor == 1 and c.min_tiles == 1]
         attention += [("prefill", c) for c in PREFILL_CONFIGS]
         pending = None
         if args.only != "products":
             pending = pool.map_async(try_attention, spread(attention, args.workers))
-        bandwidth = copy_bandwidth()
-        print(f"copy {bandwidth / 1e12:.2f} TB/s")
         if pending is not None:
             for problem in itertools.chain.from_iterable(pending.get()):
                 print("  refused:", problem)
             results += tune_decode(bandwidth) + tune_prefill()
             (args.out / "tune.json").write_text(json.dumps(results))
         if args.only != "attention":
-            results += tune_products(args.rows, args.workers, bandwidth, pool)
+            results += tune_products(args.products, args.rows, args.workers, bandwidth, pool)
     (args.out / "tune.json").write_text(json.dumps(results))
 
 
