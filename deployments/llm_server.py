@@ -56,7 +56,7 @@ class LLMServer:
             vocab_size=self._model_config.vocab_size,
             sampling_defaults=default_sampling(self.config),
         )
-        self._app = create_app(self.service)
+        self._app = create_app(self.service, echo_request_id=False)  # Serve does
         self._driver = await driver
         await self._connect()
         logger.info("%s serves %s", self._name, ", ".join(self.config.names))

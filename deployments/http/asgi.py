@@ -21,11 +21,11 @@ logger = logging.getLogger("ray.serve")
 ROUTES = [*health.ROUTES, *openai.ROUTES]
 
 
-def create_app(service: ModelService) -> Starlette:
-    """The application that serves `service` over HTTP."""
+def create_app(service: ModelService, *, echo_request_id: bool = True) -> Starlette:
+    """The application that serves `service` over HTTP. Without echo_request_id the server around it does that."""
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(Frame)],
+        middleware=[Middleware(Frame, echo_request_id=echo_request_id)],
         exception_handlers={MantaError: on_error, HTTPException: on_error},
     )
     app.state.service = service
@@ -34,10 +34,11 @@ def create_app(service: ModelService) -> Starlette:
 
 
 class Frame:
-    """Around every request: echoes the client's x-request-id, or makes one; turns a bug of ours into a 500."""
+    """Around every request: gives it the client's x-request-id, or makes one; turns a bug of ours into a 500."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, echo_request_id: bool) -> None:
         self.app = app
+        self.echo_request_id = echo_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,7 +47,7 @@ class Frame:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given.decode("latin-1")[:MAX_REQUEST_ID_CHARS] if given else secrets.token_hex(16)
         scope.setdefault("state", {})["request_id"] = request_id
-        header = (b"x-request-id", request_id.encode("latin-1"))
+        headers = [(b"x-request-id", request_id.encode("latin-1"))] if self.echo_request_id else []
 
         started = False
 
@@ -54,7 +55,7 @@ class Frame:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message = {**message, "headers": [*message["headers"], header]}
+                message = {**message, "headers": [*message["headers"], *headers]}
             await send(message)
 
         try:
