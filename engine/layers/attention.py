@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from engine.layers.norm import RMSNorm
 from engine.layers.place import NamedWeights, Place, under
+from engine.layers.residual import ResidualStream
 from engine.model_config import ModelConfig
 from kernels import paged_attention
 from kernels.kv_cache import rotary_and_write_kv
@@ -58,7 +59,7 @@ class StepInput:
 
 
 class Attention:
-    """[T, hidden_size] -> [T, hidden_size]; writes the keys and values of the step's tokens into the cache.
+    """stream += attention(norm(stream)); writes the keys and values of the step's tokens into the cache.
 
     With `qk_norm` every query and key head is RMS-normalised before it is rotated (Qwen3).
     """
@@ -86,9 +87,9 @@ class Attention:
         self.q_norm = RMSNorm(place, model.head_dim, model.rms_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(place, model.head_dim, model.rms_norm_eps) if qk_norm else None
 
-    def __call__(self, x: Tensor, step: StepInput) -> Tensor:
+    def __call__(self, stream: ResidualStream, norm: RMSNorm, step: StepInput) -> None:
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, self.head_dim)
+        qkv = stream.into(norm, self.qkv).view(-1, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
         k_cache, v_cache = step.caches[self.layer]
         q = rotary_and_write_kv(
@@ -104,7 +105,7 @@ class Attention:
             k_norm=self.k_norm.weight if self.k_norm else None,
             eps=self.eps,
         )
-        return self.out(self._attend(q, k_cache, v_cache, step).view(-1, heads * self.head_dim))
+        stream.add(self.out, self._attend(q, k_cache, v_cache, step).view(-1, heads * self.head_dim))
 
     def _attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInput) -> Tensor:
         """Decodes by the decode kernel, chunks by the prefill kernel; q [T, Hq, D] -> [T, Hq, D]."""

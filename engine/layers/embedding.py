@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.layers.place import NamedWeights, Place, WeightSlice
 from kernels.embedding import embedding
+from kernels.linear import linear
 
 VOCAB_MULTIPLE = 64
 """A rank's rows of the vocabulary are padded to a multiple of this."""
@@ -45,7 +46,7 @@ class LogitsHead:
         self.rows = tied or VocabParallelEmbedding(place, vocab_size, hidden_size)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.rows.weight)
+        logits: Tensor = linear(hidden, self.rows.weight)
         if self.place.size == 1:
             return logits
         return self.place.communicator.all_gather(logits)[:, : self.vocab_size]

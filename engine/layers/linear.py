@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.layers.place import NamedWeights, Place, WeightSlice
+from kernels.activation import silu_and_mul
+from kernels.linear import linear, linear_silu_and_mul
 
 
 class ColumnParallelLinear:
@@ -23,7 +24,13 @@ class ColumnParallelLinear:
         self.bias = place.empty(sum(self.sizes)) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        out: Tensor = linear(x, self.weight, self.bias)
+        return out
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up, for a layer whose two parts of one size are gate and up; [T, out_size / 2]."""
+        out: Tensor = silu_and_mul(self(x)) if self.bias is not None else linear_silu_and_mul(x, self.weight)
+        return out
 
     def weights(self) -> NamedWeights:
         row = 0
@@ -48,8 +55,12 @@ class RowParallelLinear:
         self.bias = place.empty(out_size) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias if self.place.rank == 0 else None)
-        return self.place.communicator.all_reduce(y)
+        return self.place.communicator.all_reduce(self.partial(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum."""
+        out: Tensor = linear(x, self.weight, self.bias if self.place.rank == 0 else None)
+        return out
 
     def weights(self) -> NamedWeights:
         start = self.place.rank * self.weight.shape[1]

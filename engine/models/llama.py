@@ -10,11 +10,12 @@ from engine.layers.embedding import LogitsHead, VocabParallelEmbedding
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.place import NamedWeights, Place, under
+from engine.layers.residual import ResidualStream
 from engine.model_config import ModelConfig
 
 
 class LlamaLayer:
-    """Attention, then MLP, each on the normalised residual stream."""
+    """Attention, then MLP, each reading the normalised residual stream and adding to it."""
 
     def __init__(self, place: Place, model: ModelConfig, attention: Attention, *, mlp_bias: bool = False) -> None:
         self.input_norm = RMSNorm(place, model.hidden_size, model.rms_norm_eps)
@@ -22,14 +23,9 @@ class LlamaLayer:
         self.post_norm = RMSNorm(place, model.hidden_size, model.rms_norm_eps)
         self.mlp = GatedMLP(place, model.hidden_size, model.intermediate_size, bias=mlp_bias)
 
-    def __call__(self, x: Tensor, residual: Tensor | None, step: StepInput) -> tuple[Tensor, Tensor]:
-        """The MLP's output, not yet added, and the residual stream it is to be added to."""
-        if residual is None:
-            residual, x = x, self.input_norm(x)
-        else:
-            x, residual = self.input_norm.add(x, residual)
-        x, residual = self.post_norm.add(self.attention(x, step), residual)
-        return self.mlp(x), residual
+    def __call__(self, stream: ResidualStream, step: StepInput) -> None:
+        self.attention(stream, self.input_norm, step)
+        self.mlp(stream, self.post_norm)
 
     def weights(self) -> NamedWeights:
         yield from under("input_layernorm", self.input_norm.weights())
@@ -60,10 +56,10 @@ class Llama:
         return Attention(place, model, layer, qkv_bias=bias, out_bias=bias)
 
     def forward(self, step: StepInput) -> Tensor:
-        x, residual = self.embedding(step.token_ids), None
+        stream = ResidualStream(self.embedding(step.token_ids))
         for layer in self.layers:
-            x, residual = layer(x, residual, step)
-        return self.norm(x) if residual is None else self.norm.add(x, residual)[0]
+            layer(stream, step)
+        return stream.normed(self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)

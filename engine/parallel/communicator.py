@@ -26,6 +26,15 @@ class Communicator(Protocol):
         """The sum over all ranks, the same bits on each; `tensor` (contiguous) may be overwritten by it."""
         ...
 
+    def all_reduce_add_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """total = (the sum of x over all ranks) + residual: (RMSNorm(total) * weight, total), in one kernel.
+
+        None where there is no such kernel for this message; nothing was done then, on any rank.
+        """
+        ...
+
     def all_gather(self, tensor: Tensor, dim: int = -1) -> Tensor:
         """Every rank's `tensor` (of one shape), in rank order along `dim`; a new tensor unless there is one rank."""
         ...
@@ -47,6 +56,9 @@ class Solo:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:  # noqa: ARG002
+        return None
 
     def all_gather(self, tensor: Tensor, dim: int = -1) -> Tensor:  # noqa: ARG002
         return tensor
@@ -84,6 +96,9 @@ class Gloo:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         self._wait(self._group.allreduce([tensor]))
         return tensor
+
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:  # noqa: ARG002
+        return None
 
     def all_gather(self, tensor: Tensor, dim: int = -1) -> Tensor:
         tensor = tensor.contiguous()

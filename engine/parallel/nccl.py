@@ -65,6 +65,9 @@ class Nccl:
         self._comm.allReduce(pointer, pointer, tensor.numel(), self._types[tensor.dtype], self._sum, self._stream())
         return tensor
 
+    def all_reduce_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:  # noqa: ARG002
+        return None
+
     def all_gather(self, tensor: Tensor, dim: int = -1) -> Tensor:
         """Concatenate the ranks' equally shaped tensors along `dim`, in rank order. Returns a new tensor."""
         tensor = tensor.contiguous()

@@ -1,0 +1,73 @@
+"""ResidualStream: the sum that runs through a transformer's layers, and the norms and products next to it.
+
+What a layer adds may wait until the next norm needs the sum: then both are one kernel. Where a product can add to the
+stream itself, or normalise what it reads, that is one kernel instead; with several ranks the sum over them joins in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+from engine.layers.norm import RMSNorm
+from kernels.linear import linear_add, norm_linear, norm_linear_silu_and_mul
+from kernels.registry import Kernel
+
+
+class ResidualStream:
+    """Of T tokens, [T, hidden_size], whole on every rank."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._total = x
+        self._pending: Tensor | None = None
+        """To be added to the total."""
+        self._source: RowParallelLinear | None = None
+        """Whose ranks' partial sums are pending; None where they are summed already."""
+
+    def normed(self, norm: RMSNorm) -> Tensor:
+        """norm(stream)."""
+        if self._pending is None:
+            return norm(self._total)
+        pending, source, self._pending = self._pending, self._source, None
+        if source is not None:
+            communicator = source.place.communicator
+            together = communicator.all_reduce_add_norm(pending, self._total, norm.weight, norm.eps)
+            if together is not None:
+                out, self._total = together
+                return out
+            pending = communicator.all_reduce(pending)
+        out, self._total = norm.add(pending, self._total)
+        return out
+
+    def into(self, norm: RMSNorm, linear: ColumnParallelLinear) -> Tensor:
+        """linear(norm(stream))."""
+        if self._pending is None:
+            args = (self._total, norm.weight, norm.eps, linear.weight, linear.bias)
+            if _fused(norm_linear, *args):
+                return norm_linear(*args)  # type: ignore[no-any-return]
+        return linear(self.normed(norm))
+
+    def into_gated(self, norm: RMSNorm, linear: ColumnParallelLinear) -> Tensor:
+        """silu(gate) * up, where gate and up are the halves of linear(norm(stream))."""
+        if self._pending is None and linear.bias is None:
+            args = (self._total, norm.weight, norm.eps, linear.weight)
+            if _fused(norm_linear_silu_and_mul, *args):
+                return norm_linear_silu_and_mul(*args)  # type: ignore[no-any-return]
+        return linear.gated(self.normed(norm))
+
+    def add(self, linear: RowParallelLinear, x: Tensor) -> None:
+        """stream += linear(x)."""
+        assert self._pending is None
+        if linear.place.size == 1 and linear.bias is None and _fused(linear_add, x, linear.weight, self._total):
+            self._total = linear_add(x, linear.weight, self._total)
+        else:
+            self._pending = linear.partial(x)
+            self._source = linear if linear.place.size > 1 else None
+
+
+def _fused(kernel: Kernel, *args: Any) -> bool:
+    """Whether the GPU has a kernel for all of it at these shapes; separate kernels are faster than its definition."""
+    x: Tensor = args[0]
+    return x.is_cuda and kernel.supports is not None and kernel.supports(*args) is None
