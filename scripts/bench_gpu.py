@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -201,9 +200,7 @@ def offline(config: EngineConfig, model_config: ModelConfig, report: Report) -> 
         from cluster.ray_executor import RayExecutor
 
         executor = RayExecutor(config, model_config)
-    engine = LLMEngine(
-        config, executor, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids
-    )
+    engine = LLMEngine(config, executor, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
     engine.start()
     report.add(START, "offline", time.perf_counter() - began_s, "s")
 
@@ -302,11 +299,9 @@ def profile(run: Run, vocab_size: int, num_seqs: int, prompt_tokens: int, report
     top = sorted(totals.items(), key=lambda item: -item[1])[:24]
     for name, total_us in top:
         print(f"    {total_us / 30e3:8.3f} ms/step  {name[:110]}", flush=True)
-    report.add(f"busy-decode-{num_seqs}", "offline", share * 100, "%", top=[(n[:60], round(t / 30e3, 4)) for n, t in top])
-
-
-def measure_collectives(report: Report, engine: str, step_ms: dict[str, float]) -> None:
-    del report, engine, step_ms
+    report.add(
+        f"busy-decode-{num_seqs}", "offline", share * 100, "%", top=[(n[:60], round(t / 30e3, 4)) for n, t in top]
+    )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
