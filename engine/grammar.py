@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from engine.errors import ConfigError, RequestError
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "structural_tag"]
 
+PARALLEL_FROM = 8
+"""So many masks are worth the threads."""
 MAX_GRAMMAR_CHARS = 256 * 1024
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{0,16}"}
 """A bound on the white space between JSON tokens: a model that likes indenting may, none can indent forever."""
@@ -66,12 +68,35 @@ class GrammarMatcher:
         return bool(self._matcher.is_accepting())
 
     @property
+    def exhausted(self) -> bool:
+        """Whether the whole grammar is matched and nothing but an end may follow."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    @property
     def error(self) -> str | None:
         """Why the grammar can go no further, when that is not because it is complete (a limit of the library)."""
         return str(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def copy(self) -> GrammarMatcher:
         return GrammarMatcher(self._matcher.deep_copy())
+
+
+def fill_masks(matchers: list[tuple[GrammarMatcher, int]], out: npt.NDArray[np.int32]) -> None:
+    """Write the mask of each matcher into its row of `out` [rows, mask_words], many of them on several threads."""
+    if len(matchers) < PARALLEL_FROM:
+        for matcher, row in matchers:
+            matcher.fill_mask(out[row])
+        return
+    assert out.dtype == np.int32 and out.flags["C_CONTIGUOUS"]
+    pairs = [(matcher._matcher, row) for matcher, row in matchers]
+    _threads().unsafe_compute_mask_ptr(pairs, out.ctypes.data, 4 * out.shape[1], out.shape[0])
+
+
+@cache
+def _threads() -> Any:
+    import llguidance
+
+    return llguidance.LLExecutor()
 
 
 class GrammarCompiler:

@@ -22,7 +22,9 @@ from engine.config import EngineConfig
 from engine.draft import RowArray, ScheduledStep
 from engine.errors import ExecutorDied, RequestError
 from engine.executor import CacheCapacity, Executor
+from engine.grammar import GrammarCompiler
 from engine.limits import Limits
+from engine.masking import Masking
 from engine.metrics import EngineMetrics
 from engine.request import Request, SequenceOutput, TokenLogprobs
 from engine.scheduler import Scheduler
@@ -74,6 +76,10 @@ class LLMEngine:
         """Outputs that wait for the next finish_step: of samples that ended without a step."""
         self._listeners: dict[int, Group] = {}
         """Who waits for the prompt's log-probabilities that a sequence computes."""
+        folder = config.tokenizer or config.model
+        self._masking = Masking(lambda: GrammarCompiler.load(folder, vocab_size, eos_token_ids))
+        self._unmasked: ScheduledStep | None = None
+        """The last submitted step, while the ranks await its masks."""
         self._epoch = self._next_step = 0
         self._num_arrivals = self._num_sequences = 0
 
@@ -98,12 +104,15 @@ class LLMEngine:
         self._limits.check(request)
         limit = self._limits.length(request)
         params = request.params
+        matcher = self._masking.matcher(params.grammar) if params.grammar is not None else None
         group = Group(request, time.perf_counter())
         key = (params.priority if self.config.policy == "priority" else 0, request.arrival_s, self._num_arrivals)
         self._num_arrivals += 1
         for index in range(params.num_sequences):
             sequence = Sequence(group, index, self._new_id(), (*key, index), limit, self.scheduler.table)
             group.sequences[index] = sequence
+            if matcher is not None:
+                self._masking.add(sequence, matcher.copy())
         self._groups[request.request_id] = group
         self.metrics.num_requests += 1
         self.metrics.prompt_tokens += request.num_prompt_tokens
@@ -148,7 +157,7 @@ class LLMEngine:
 
         Raises ExecutorDied.
         """
-        if len(self._in_flight) >= self.config.steps_ahead:
+        if len(self._in_flight) >= self.config.steps_ahead or self._unmasked is not None:
             return False
         scheduled = self.scheduler.schedule(self._epoch, self._next_step)
         if scheduled is None:
@@ -161,7 +170,10 @@ class LLMEngine:
         self._next_step += 1
         if scheduled.plan.new:
             self._note_first_steps(scheduled)
+        if self._masking.mark(scheduled):
+            self._unmasked = scheduled
         self._in_flight.append((scheduled, self.executor.submit(scheduled.plan)))
+        self._send_masks()
         self.metrics.num_steps += 1
         self.metrics.computed_tokens += scheduled.num_tokens
         return True
@@ -189,7 +201,15 @@ class LLMEngine:
             )
         if result.device_s:
             self.metrics.step_s.observe(result.device_s)
-        return ready + self._read(scheduled, result)
+        outputs = self._read(scheduled, result)
+        self._send_masks()
+        return ready + outputs
+
+    def _send_masks(self) -> None:
+        """Give the ranks the masks they await, if everything before that step has been read."""
+        if self._unmasked is not None and self._in_flight[0][0] is self._unmasked:
+            step, self._unmasked = self._unmasked, None
+            self.executor.send_masks(self._masking.masks(step))
 
     def step(self) -> list[SequenceOutput]:
         """Fill the pipeline and finish its oldest step."""
@@ -203,6 +223,7 @@ class LLMEngine:
         Each call counts as one epoch, failed or not. Raises what Executor.restart raises: call it again then.
         """
         self._in_flight.clear()
+        self._unmasked = None
         self._epoch += 1
         self._next_step = 0
         self.metrics.num_recoveries += 1
@@ -283,6 +304,7 @@ class LLMEngine:
                 sequence = samples[index]
                 if sequence.status is Status.RUNNING:
                     self.blocks.register(sequence, int(known[index]))
+        matched = self._masking.read(samples, drawn)
         ends = self._is_eos[tokens] & table.heeds_eos[rows]
         choosy = table.has_stop_ids[rows]
         if choosy.any():
@@ -295,6 +317,12 @@ class LLMEngine:
                 if ended := self._ended(sequence, drawn[index]):
                     outputs[index].finish_reason, outputs[index].stop_reason = ended
                     self._end(sequence, ended[0])
+        for index, error in matched.items():
+            output = outputs[index]
+            if output.finish_reason is None:
+                output.finish_reason, output.error = "stop" if error is None else "error", error
+                output.matched = error is None
+                self._end(samples[index], output.finish_reason)
         return outputs
 
     def _ended(self, sequence: Sequence, last: int) -> tuple[str, int | None] | None:
@@ -323,6 +351,7 @@ class LLMEngine:
     def _forget(self, sequence: Sequence) -> None:
         group = sequence.group
         del group.sequences[sequence.index]
+        self._masking.discard(sequence)
         self._listeners.pop(sequence.seq_id, None)
         self.scheduler.finish(sequence)
         if not group.sequences:

@@ -251,7 +251,7 @@ class _SampleState:
         if self.detokenizer is None:
             text = ""
         elif self.matcher is None:
-            text = self.detokenizer.push(self._visible(token_ids, output.finish_reason))
+            text = self.detokenizer.push(self._visible(output))
             if output.finish_reason is not None:
                 text += self.detokenizer.finish()
         else:
@@ -272,11 +272,12 @@ class _SampleState:
             output.error,
         )
 
-    def _visible(self, token_ids: list[int], finish_reason: str | None) -> list[int]:
+    def _visible(self, output: SequenceOutput) -> list[int]:
         """The tokens that give text: all but the stop token, unless stops were asked for."""
-        if finish_reason == "stop" and not self.request.params.include_stop_str_in_output:
-            return token_ids[:-1]
-        return token_ids
+        stopped = output.finish_reason == "stop" and not output.matched
+        if stopped and not self.request.params.include_stop_str_in_output:
+            return output.token_ids[:-1]
+        return output.token_ids
 
     def _until_stop(
         self, detokenizer: IncrementalDetokenizer, matcher: StopMatcher, output: SequenceOutput
@@ -284,7 +285,7 @@ class _SampleState:
         """The text let through, and how many of the output's tokens lead up to a stop string (all, without one)."""
         texts: list[str] = []
         min_tokens = self.request.params.min_tokens
-        visible = self._visible(output.token_ids, output.finish_reason)
+        visible = self._visible(output)
         for used, token_id in enumerate(visible, start=1):
             text = detokenizer.push((token_id,))
             if not text:

@@ -95,3 +95,5 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     """What went wrong, for finish_reason "error"."""
     error_detail: dict[str, str | int | float | None] | None = None
     """Beside `error`: the error's class name under "class" and its own fields; see cluster.messages.error_of."""
+    matched: bool = False
+    """With finish_reason "stop": its grammar came to an end with the last token, which is text, not a stop token."""

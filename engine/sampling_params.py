@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from engine.errors import RequestError
+from engine.grammar import Grammar
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
@@ -48,6 +49,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    """What the output must match; the sample ends when it does and nothing may follow."""
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
@@ -81,6 +84,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise _wrong("allowed_token_ids", [], "at least one token id")
         if self.logit_bias is not None:
             put(self, "logit_bias", _bias(self.logit_bias))
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise _wrong("grammar", self.grammar, "a Grammar or null")
         self._check_ranges()
 
     def _check_ranges(self) -> None:
