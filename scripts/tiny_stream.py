@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from scripts.tiny_chats import make_conversation, make_document
-from scripts.tiny_tokenizer import ASSISTANT, BOS_ID, END_ID
+from scripts.tiny_tokenizer import ASSISTANT_ID, BOS_ID, END_ID, SYSTEM_ID, USER_ID
 
 ROW_TOKENS, LONG_ROW_TOKENS = 512, 2048
 LONG_EVERY = 8  # one batch in so many is of long rows, with the same number of tokens
@@ -35,8 +35,8 @@ class RowPacker:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._role_ids = {role: tokenizer.token_to_id(f"<|{role}|>") for role in ("system", "user", "assistant")}
-        assert self._role_ids["assistant"] == tokenizer.token_to_id(ASSISTANT)
+        self._role_ids = {"system": SYSTEM_ID, "user": USER_ID, "assistant": ASSISTANT_ID}
+        assert all(tokenizer.token_to_id(f"<|{role}|>") == i for role, i in self._role_ids.items())
 
     def texts_to_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, with no special token added."""

@@ -17,7 +17,7 @@ from scripts.tiny_chats import make_conversation, make_document
 PAD, BOS, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 _UNUSED = tuple(f"<|unused_{i}|>" for i in range(10))
 SPECIAL_TOKENS = (PAD, BOS, END, SYSTEM, USER, ASSISTANT, *_UNUSED)
-PAD_ID, BOS_ID, END_ID = range(3)
+PAD_ID, BOS_ID, END_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID = range(6)
 VOCAB_SIZE = 2048
 
 # In this order: a capitalized word, a lower-case word after a space, one letter, one digit, punctuation, white space.

@@ -146,7 +146,8 @@ def hidden_states(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
     rotation = model.model.rotary_emb(hidden, positions)
     for layer in model.model.layers:
         hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotation)
-    return model.model.norm(hidden)
+    normed: Tensor = model.model.norm(hidden)
+    return normed
 
 
 def weighted_loss(hidden: Tensor, head: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
