@@ -29,6 +29,7 @@ from cluster.messages import (
     decode_for_driver,
     encode,
 )
+from cluster.metrics import RayMetrics, snapshot
 from cluster.placement import DRIVER_CPUS, shortage, wait_for
 from cluster.ray_executor import RayExecutor, end_process
 from cluster.recovery import RecoveryPolicy
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 MAX_CLIENT_BYTES = 64 << 20
 """A client that leaves more than this unread is disconnected, and its requests aborted."""
 SAY_EVERY_S = 10.0
+EXPORT_EVERY_S = 2.0
 
 CONTROL = "control"
 """Threads that answer while `start` runs."""
@@ -102,7 +104,7 @@ class Driver:
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges by name; call it on the loop's thread, between two steps."""
-        return {"name": self.name, "uptime_s": time.monotonic() - self._started_s, **plain(self.engine.stats())}
+        return {"name": self.name, "uptime_s": time.monotonic() - self._started_s, **snapshot(self.engine)}
 
     # The hub's thread
 
@@ -153,10 +155,11 @@ class MantaDriver:
         self._name = name
         self._lock = threading.Lock()
         self._tcp: Ticket | None = None
+        self._stopped = threading.Event()
         self._failure = ""
         policy = options.pop("policy", None)
         node_id = ray.get_runtime_context().get_node_id()
-        executor = RayExecutor(
+        self._executor = RayExecutor(
             config,
             model_config,
             placement_group=group,
@@ -167,7 +170,7 @@ class MantaDriver:
         self._driver = Driver(
             name,
             config,
-            executor,
+            self._executor,
             vocab_size=model_config.vocab_size,
             eos_token_ids=model_config.eos_token_ids,
             policy=policy,
@@ -189,7 +192,14 @@ class MantaDriver:
             self._failure = f"{type(error).__name__}: {error}"
             raise
         self._started = True
+        threading.Thread(target=self._export, name="manta-metrics", daemon=True).start()
         return facts
+
+    def _export(self) -> None:
+        metrics = RayMetrics(self._name)
+        while not self._stopped.wait(EXPORT_EVERY_S):
+            with contextlib.suppress(EngineUnavailable):
+                metrics.export(self._stats())
 
     @on_thread(CONTROL)
     def ticket(self, node_id: str) -> Ticket:
@@ -214,7 +224,10 @@ class MantaDriver:
 
     @on_thread(CONTROL)
     def stats(self) -> dict[str, Any]:
-        """As of a moment between two steps. Raises EngineUnavailable when the loop does not get there in 5 s."""
+        """See cluster.metrics.snapshot. Raises EngineUnavailable when the loop does not answer in 5 s."""
+        return self._stats()
+
+    def _stats(self) -> dict[str, Any]:
         answer: dict[str, Any] = {}
         told = threading.Event()
 
@@ -233,7 +246,13 @@ class MantaDriver:
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     @on_thread(CONTROL)
+    def rank_pids(self) -> list[int]:
+        """Process ids of the ranks, in order."""
+        return [facts.pid for facts in self._executor.rank_facts]
+
+    @on_thread(CONTROL)
     def stop(self) -> None:
+        self._stopped.set()
         self._driver.stop()
 
 
@@ -328,9 +347,3 @@ def _free_name(name: str) -> str:
         except ValueError:
             return candidate
     return name
-
-
-def plain(stats: Any) -> dict[str, Any]:
-    """A stats struct as a flat dict of plain values."""
-    values: dict[str, Any] = msgspec.to_builtins(stats)
-    return values

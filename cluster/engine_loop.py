@@ -190,7 +190,13 @@ class EngineLoop:
                     if live.client is client:
                         self._abort(request_id, None, live)
             else:
-                message.function()
+                self._call(message.function)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception:
+            logger.exception("a call on the loop's thread failed")  # what asked gets no answer; the engine goes on
 
     def _submit(self, client: Client, message: Submit) -> None:
         request = message.request

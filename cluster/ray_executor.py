@@ -18,7 +18,7 @@ import msgspec
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from cluster.placement import Placement, place, rank_bundle
+from cluster.placement import Placement, place, rank_bundle, wait_for
 from cluster.rank_loop import FAULT, decode_fault
 from cluster.recovery import StepClock
 from cluster.step_channel import ActorChannel, SocketChannel, StepChannel
@@ -121,8 +121,10 @@ class RayExecutor:
         return list(self._facts)
 
     def _bring_up(self) -> CacheCapacity:
+        assert self._placement is not None
         began_s = time.monotonic()
         self._generation += 1
+        wait_for(self._placement.group, name=self.name, timeout_s=self._resources_timeout_s)  # a node may be gone
         self._spawn()
         self._facts = self._gather("starting", [rank.facts.remote() for rank in self._ranks], self._resources_timeout_s)
         one_node = len({facts.node_id for facts in self._facts}) == 1

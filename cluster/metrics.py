@@ -1,0 +1,103 @@
+"""Engine counters as Ray metrics: Ray's agents hand them to Prometheus, next to Ray's own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+from ray.util.metrics import Counter, Gauge
+
+from engine.llm_engine import LLMEngine
+from engine.metrics import EngineMetrics, Histogram
+
+Stats = dict[str, Any]
+
+GAUGES = {
+    "running": "Sequences that run",
+    "waiting": "Sequences that wait for a place",
+    "num_blocks": "KV blocks in all",
+    "free_blocks": "KV blocks that can be allocated, cached ones among them",
+    "used_blocks": "KV blocks that running sequences hold",
+    "cached_blocks": "KV blocks kept for their prefix only",
+    "kv_utilization": "Slots filled of those in used blocks",
+}
+COUNTERS = {
+    "num_requests": "Requests accepted",
+    "num_aborted": "Requests of which a sample was aborted",
+    "finished_stop": "Samples that ended with a stop token",
+    "finished_length": "Samples that ended at their length",
+    "finished_error": "Samples that failed",
+    "prompt_tokens": "Prompt tokens accepted",
+    "generated_tokens": "Tokens handed out",
+    "computed_tokens": "Tokens computed, prompts and decodes",
+    "prefix_query_tokens": "Prompt tokens looked up in the prefix cache",
+    "prefix_hit_tokens": "Prompt tokens found in the prefix cache",
+    "preemptions": "Sequences preempted for want of blocks",
+    "steps": "Steps submitted",
+    "recoveries": "Restarts of the ranks",
+}
+TIMES = {
+    "queue_s": "Acceptance to first step",
+    "first_token_s": "Acceptance to first token",
+    "token_gap_s": "Between two tokens of a sample",
+    "step_s": "Time of the ranks for a step",
+}
+QUANTILES = (0.5, 0.9, 0.99)
+
+
+def snapshot(engine: LLMEngine) -> Stats:
+    """All counters, gauges and times of an engine as plain values; call it on the thread that drives the engine.
+
+    Times come as NAME_mean and NAME_p50, _p90, _p99 (upper bounds), in seconds since the engine began, when there are
+    any.
+    """
+    stats: Stats = msgspec.to_builtins(engine.stats())
+    metrics = engine.metrics
+    for name in ("num_requests", "num_aborted", "prompt_tokens", "computed_tokens", "surplus_tokens"):
+        stats[name] = getattr(metrics, name)
+    stats |= {f"finished_{reason}": count for reason, count in metrics.finished.items()}
+    return stats | _times(metrics)
+
+
+def _times(metrics: EngineMetrics) -> Stats:
+    times: Stats = {}
+    for name in TIMES:
+        histogram: Histogram = getattr(metrics, name)
+        if not histogram.count:
+            continue
+        times[f"{name}_mean"] = histogram.mean
+        for share in QUANTILES:
+            value = histogram.quantile(share)
+            times[f"{name}_p{share * 100:g}"] = value if math.isfinite(value) else histogram.bounds[-1]
+    return times
+
+
+class RayMetrics:
+    """Exports snapshots of one engine, tagged with its driver's name. Not for two threads."""
+
+    def __init__(self, driver: str) -> None:
+        self._tags = {"driver": driver}
+        self._told: dict[str, float] = {}
+        keys = ("driver",)
+        self._gauges = {name: Gauge(f"manta_{name}", text, keys) for name, text in GAUGES.items()}
+        self._counters = {name: Counter(f"manta_{name}", text, keys) for name, text in COUNTERS.items()}
+        self._times = {
+            name: Gauge(f"manta_{name}", f"{text}, seconds, by quantile", (*keys, "quantile"))
+            for name, text in TIMES.items()
+        }
+
+    def export(self, stats: Stats) -> None:
+        """Hand one snapshot to Ray."""
+        for name, gauge in self._gauges.items():
+            gauge.set(stats[name], self._tags)
+        for name, counter in self._counters.items():
+            grown = stats[name] - self._told.get(name, 0)
+            if grown > 0:
+                counter.inc(grown, self._tags)
+            self._told[name] = stats[name]
+        for name, times in self._times.items():
+            for share in QUANTILES:
+                value = stats.get(f"{name}_p{share * 100:g}")
+                if value is not None:
+                    times.set(value, {**self._tags, "quantile": f"{share:g}"})

@@ -1,0 +1,56 @@
+"""LLM over two ranks: a Ray of its own, in a process of its own, from the repository without an installation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import make_checkpoint
+from tests.made_tokenizers import byte_level
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import json, sys
+from engine import LLM, SamplingParams
+
+prompts = ["Hello, my name is", "The ray glides", "the sea", "def f(x):"]
+params = SamplingParams(temperature=0.8, top_p=0.95, seed=3, max_tokens=16, ignore_eos=True)
+results, pids = [], []
+for ranks in (1, 2):
+    llm = LLM(sys.argv[1], tensor_parallel_size=ranks, dtype="float32", device="cpu", num_blocks=64)
+    assert ("ray" in sys.modules) == (ranks == 2)
+    results.append([output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)])
+    if ranks == 2:
+        pids = [facts.pid for facts in llm.llm_engine.executor.rank_facts]
+        import ray
+    llm.close()
+print(json.dumps({"results": results, "pids": pids, "ray": ray.is_initialized()}))
+"""
+
+
+def test_two_ranks_give_the_tokens_of_one_and_leave_nothing_behind(tmp_path):
+    tokenizer = byte_level()
+    make_checkpoint(tmp_path, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    one, two = told["results"]
+    assert [len(tokens) for tokens in one] == [16] * 4
+    assert two == one
+    assert len(told["pids"]) == 2
+    assert [pid for pid in told["pids"] if os.path.exists(f"/proc/{pid}")] == []
+    assert not told["ray"]
