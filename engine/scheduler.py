@@ -1,6 +1,6 @@
 """Scheduler: which sequences compute which tokens in the next step. Queues and a BlockManager in, a StepPlan out.
 
-Every step is scheduled anew: running decodes first, one token each, then chunks of prompts, then waiting sequences in
+Every step is scheduled anew: running decodes first, one token each, then chunks of prompts, under way and waiting, in
 their order, as far as tokens, seats and blocks go. When blocks run out the last-come running sequence is preempted: it
 gives back its blocks and waits, to be computed again from its tokens.
 
@@ -14,7 +14,8 @@ advances, and nobody overtakes the head of the queue.
 
 from __future__ import annotations
 
-from collections import Counter
+from bisect import insort
+from collections import Counter, deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -112,13 +113,11 @@ class Scheduler:
         self._settle()
         if not self._chunked:
             # Whole prompts do not fit beside decodes: a step is either.
-            self._continue_prefills(draft)
-            self._admit(draft)
+            self._fill(draft)
         if not draft.prefills and (short := self._make_room()) is not None:
             draft.add_decodes(self._decodes, short, self._grow_decodes(draft, short))
         if self._chunked:
-            self._continue_prefills(draft)
-            self._admit(draft)
+            self._fill(draft)
         if not draft.num_tokens:
             return None
         scheduled = draft.build(epoch, step, self._dropped, self.table)
@@ -171,65 +170,68 @@ class Scheduler:
         self.table.num_slots[rows[growing]] += blocks.block_size
         return [blocks.allocate(sequences[index])[0] for index in growing.tolist()]
 
-    def _continue_prefills(self, draft: Draft) -> None:
-        """Compute further chunks of the prompts that are under way, first-come first."""
-        for sequence in list(self._prefills):
-            if draft.num_tokens == self._max_tokens:
+    def _fill(self, draft: Draft) -> None:
+        """Compute prompts, those under way and those waiting, in their order, as far as the step's tokens go."""
+        under_way = deque(self._prefills)
+        admitting = True
+        while draft.num_tokens < self._max_tokens:
+            head = self.waiting.head() if admitting else None
+            if under_way and (head is None or under_way[0].key < head.key):
+                self._continue(draft, under_way.popleft())
+            elif head is not None:
+                admitting = self._admit(draft, head)  # nobody overtakes the head
+            else:
                 return
-            if sequence.status is not Status.RUNNING:
-                continue  # preempted for an earlier one
-            start = sequence.num_computed
-            end = min(sequence.num_tokens, start + self._max_tokens - draft.num_tokens)
-            need = self.blocks.blocks_for(end) - len(sequence.block_table)
-            while need > self.blocks.num_free and self._prefills[-1] is not sequence:
-                self._preempt(self._prefills[-1])  # later in order, so not in this plan
-            if need > self.blocks.num_free:
-                end = (len(sequence.block_table) + self.blocks.num_free) * self.blocks.block_size
-            if end > start:
-                self._compute(draft, sequence, end)
 
-    def _admit(self, draft: Draft) -> None:
-        """Start waiting sequences in their order while tokens, seats and blocks last. Nobody overtakes the head."""
+    def _continue(self, draft: Draft, sequence: Sequence) -> None:
+        """Compute the next chunk of a prompt under way, if there are blocks for it."""
+        if sequence.status is not Status.RUNNING:
+            return  # preempted for an earlier one
+        start = sequence.num_computed
+        end = min(sequence.num_tokens, start + self._max_tokens - draft.num_tokens)
+        need = self.blocks.blocks_for(end) - len(sequence.block_table)
+        while need > self.blocks.num_free and self._prefills[-1] is not sequence:
+            self._preempt(self._prefills[-1])  # later in order, so not in this plan
+        if need > self.blocks.num_free:
+            end = (len(sequence.block_table) + self.blocks.num_free) * self.blocks.block_size
+        if end > start:
+            self._compute(draft, sequence, end)
+
+    def _admit(self, draft: Draft, sequence: Sequence) -> bool:
+        """Start the head of the queue. False when a seat, blocks or the reading of its tokens is missing."""
         blocks = self.blocks
-        while draft.num_tokens < self._max_tokens and (sequence := self.waiting.head()) is not None:
-            if sequence.num_in_flight:
-                return  # preempted; its tokens must be read before they can be sent again
-            if self.num_running + len(draft.births) >= self._max_seqs:
-                return
-            hits = blocks.match(sequence)
-            num_cached = len(hits) * blocks.block_size
-            todo = sequence.num_tokens - num_cached
-            if not self._chunked and todo > self._max_tokens - draft.num_tokens and draft.prefills:
-                return  # a prompt is computed whole, unless it grew past a whole step before it was preempted
-            need = self._blocks_to_start(sequence, hits) + self._reserved(draft.num_blank)
-            if need > blocks.num_free:
-                return
-            self.waiting.pop()
-            sequence.status = Status.RUNNING
-            blocks.adopt(sequence, hits)
-            row = sequence.row
-            self.table.num_computed[row] = num_cached
-            self.table.num_slots[row] = num_cached
-            if sequence.num_output_tokens == 0:
-                sequence.num_cached = num_cached
-            if blocks.caching and not sequence.wants_prompt_logprobs:
-                self.prefix_query_tokens += sequence.num_tokens
-                self.prefix_hit_tokens += num_cached
-            draft.new.append(sequence.whole())
-            self._prefills.append(sequence)
-            self._prefills.sort(key=_key)
-            self._compute(draft, sequence, min(sequence.num_tokens, num_cached + self._max_tokens - draft.num_tokens))
-
-    def _reserved(self, num_blank: int) -> int:
-        """Free blocks that are spoken for: prompts under way, children's first writes, some room for decodes."""
-        if not self.num_running:
-            return 0
-        under_way = sum(self.blocks.blocks_for(s.num_tokens) - len(s.block_table) for s in self._prefills)
-        return under_way + num_blank + max(1, self.blocks.num_blocks // 128)
+        if sequence.num_in_flight:
+            return False  # preempted; its tokens must be read before they can be sent again
+        if self.num_running + len(draft.births) >= self._max_seqs:
+            return False
+        hits = blocks.match(sequence)
+        num_cached = len(hits) * blocks.block_size
+        room = self._max_tokens - draft.num_tokens
+        if not self._chunked and sequence.num_tokens - num_cached > room and draft.prefills:
+            return False  # a prompt is computed whole, unless it grew past a whole step before it was preempted
+        if self._blocks_to_start(sequence, hits) + draft.num_blank > blocks.num_free:
+            return False
+        self.waiting.pop()
+        sequence.status = Status.RUNNING
+        blocks.adopt(sequence, hits)
+        self.table.num_computed[sequence.row] = self.table.num_slots[sequence.row] = num_cached
+        if sequence.num_output_tokens == 0:
+            sequence.num_cached = num_cached
+        if blocks.caching and not sequence.wants_prompt_logprobs:
+            self.prefix_query_tokens += sequence.num_tokens
+            self.prefix_hit_tokens += num_cached
+        draft.new.append(sequence.whole())
+        insort(self._prefills, sequence, key=_key)
+        self._compute(draft, sequence, min(sequence.num_tokens, num_cached + room))
+        return True
 
     def _blocks_to_start(self, sequence: Sequence, hits: list[int]) -> int:
-        """Free blocks that it takes to compute all known tokens of a waiting sequence, `hits` taken from the cache."""
-        return self.blocks.blocks_for(sequence.num_tokens) - len(hits) + self.blocks.num_idle(hits)
+        """Free blocks that it takes to start a waiting sequence that has `hits` in the cache.
+
+        All its known tokens must have blocks, and those that run some room to grow.
+        """
+        need = self.blocks.blocks_for(sequence.num_tokens) - len(hits) + self.blocks.num_idle(hits)
+        return need + max(1, self.blocks.num_blocks // 128) if self.num_running else need
 
     def _make_way(self) -> None:
         """Preempt running sequences of a worse priority than the head of the queue, if that lets it in."""
@@ -241,7 +243,7 @@ class Scheduler:
             return
         hits = self.blocks.match(head)
         while worse:
-            missing = self._blocks_to_start(head, hits) + self._reserved(0) - self.blocks.num_free
+            missing = self._blocks_to_start(head, hits) - self.blocks.num_free
             if missing <= 0 and self.num_running < self._max_seqs:
                 return
             if missing > sum(len(s.block_table) for s in worse):

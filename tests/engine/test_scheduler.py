@@ -204,6 +204,17 @@ def test_better_priorities_go_first_and_take_seats() -> None:
     assert low.status is urgent.status is Status.RUNNING, "an equal takes nothing"
 
 
+def test_a_better_priority_does_not_wait_for_the_end_of_a_long_prompt() -> None:
+    bench = Bench(policy="priority", max_num_batched_tokens=8)
+    bench.add(40, priority=5)
+    bench.step()
+    bench.add(5, priority=1)
+    assert entries(bench.step()) == [(1, 5), (0, 3)]
+    assert entries(bench.step()) == [(1, 1), (0, 7)]
+    bench.add(2, priority=5)
+    assert entries(bench.step()) == [(1, 1), (0, 7)], "an equal waits"
+
+
 def test_a_priority_that_would_not_fit_anyway_preempts_nobody() -> None:
     bench = Bench(num_blocks=8, block_size=4, policy="priority")
     urgent, low = bench.add(12, priority=0)[0], bench.add(4, priority=9)[0]

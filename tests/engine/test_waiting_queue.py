@@ -51,9 +51,10 @@ def test_those_that_left_are_passed_over() -> None:
 def test_memory_follows_those_that_wait() -> None:
     queue = WaitingQueue()
     members = [sequence((0, 0.0, number, 0)) for number in range(5_000)]
+    random.Random(2).shuffle(members)
     for each in members:
         queue.push(each)
-    for each in members[10:]:
+    for each in members[100:]:
         leave(queue, each)
-    assert len(queue) == 10 and queue.num_held <= 10 + 65
-    assert [queue.pop() for _ in range(10) if queue.head()] == members[:10]
+    assert len(queue) == 100 and queue.num_held <= 200 + 65
+    assert [queue.pop() for _ in range(100) if queue.head()] == sorted(members[:100], key=lambda one: one.key)
