@@ -113,12 +113,12 @@ class LLMServer:
     async def _begin(self, prompt: Prompt, params: dict[str, Any]) -> Generation:
         context = serve.context._get_serve_request_context()
         request_id = f"handle-{context.request_id}" if context.request_id else None
-        template = params.pop("chat_template_kwargs", None) or {}
+        variables = params.pop("chat_template_kwargs", None)
         text = None
         try:
             if _is_chat(prompt):
                 chosen = self.service.sampling_params(params, max_tokens=None)
-                ids = await self.service.encode_chat(prompt, chosen, **template)
+                ids = await self.service.encode_chat(prompt, chosen, variables=variables)
             elif isinstance(prompt, str) or _is_ids(prompt):
                 chosen = self.service.sampling_params(params)
                 text = prompt if isinstance(prompt, str) else None

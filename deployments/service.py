@@ -24,6 +24,7 @@ from engine.tokenizer import Tokenizer, prepare_params, prepare_prompt
 
 logger = logging.getLogger("ray.serve")
 
+_NOT_VARIABLES = {"self", "messages", "tools", "documents", "chat_template"}
 LONG_TEXT_CHARS = 8192
 """Longer texts are tokenized on another thread: 8 Ki characters take about a millisecond."""
 
@@ -41,6 +42,10 @@ class EngineClient(Protocol):
 
     async def stats(self) -> dict[str, Any]:
         """The engine's counters and gauges now, by name. Raises EngineUnavailable."""
+        ...
+
+    async def picture(self) -> dict[str, Any]:
+        """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""
         ...
 
     async def health(self) -> DriverHealth:
@@ -108,6 +113,10 @@ class ModelService:
         """The engine's counters now. Raises EngineUnavailable."""
         return await self._engine().stats()
 
+    async def picture(self) -> dict[str, Any]:
+        """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""
+        return {"model": self.config.names[0], **await self._engine().picture()}
+
     async def health(self) -> DriverHealth:
         """What the engine knows of itself; "failed" when it does not answer or is gone for good."""
         if self._client is None:
@@ -141,9 +150,18 @@ class ModelService:
         return name in self.config.names
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, **arguments: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> list[int]:
-        """The prompt of a chat; arguments as for `Tokenizer.render_chat`. Raises RequestError."""
+        """The prompt of a chat: options as for `Tokenizer.render_chat`, variables for its template."""
+        arguments = {**options, **(variables or {})}
+        clash = sorted(_NOT_VARIABLES.intersection(variables or ()))
+        if clash:
+            raise RequestError(f"chat_template_kwargs: {clash} cannot be set there", param="chat_template_kwargs")
         size = sum(len(str(m.get("content", ""))) for m in messages if isinstance(m, Mapping))
         if size > LONG_TEXT_CHARS:
             ids = await asyncio.to_thread(self.tokenizer.apply_chat_template, messages, **arguments)

@@ -114,6 +114,8 @@ def _normalize_one(where: str, message: Any) -> dict[str, Any]:
     out = dict(message)
     out["content"] = _content(f"{where}.content", message.get("content"), bool(message.get("tool_calls")))
     if message.get("tool_calls"):
+        if not isinstance(message["tool_calls"], list):
+            raise RequestError(f"{where}.tool_calls: a list is required", param=f"{where}.tool_calls")
         out["tool_calls"] = [_tool_call(f"{where}.tool_calls[{i}]", c) for i, c in enumerate(message["tool_calls"])]
     return out
 

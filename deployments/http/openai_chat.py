@@ -78,7 +78,7 @@ class _Call:
             add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continued,
             chat_template=body.chat_template,
-            **(body.chat_template_kwargs or {}),
+            variables=body.chat_template_kwargs,
         )
         try:
             self.batch = self.service.start_batch(

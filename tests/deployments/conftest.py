@@ -42,9 +42,11 @@ class LocalServer:
     url: str
     service: ModelService
     driver: Driver
+    http: httpx.Client
+    """Keeps its connections: making one costs more than most requests here."""
 
     def stats(self) -> dict[str, Any]:
-        answer: dict[str, Any] = httpx.get(f"{self.url}/stats").raise_for_status().json()
+        answer: dict[str, Any] = self.http.get("/stats").raise_for_status().json()
         return answer
 
     def wait_idle(self, timeout_s: float = 10.0) -> dict[str, Any]:
@@ -109,7 +111,9 @@ def server(config: AppConfig) -> Iterator[LocalServer]:
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     assert web.listening.wait(30), "the server did not start"
-    yield LocalServer(f"http://127.0.0.1:{web.port}", service, driver)
+    url = f"http://127.0.0.1:{web.port}"
+    with httpx.Client(base_url=url, timeout=60) as http:
+        yield LocalServer(url, service, driver, http)
     web.should_exit = True
     thread.join(10)
     driver.stop()

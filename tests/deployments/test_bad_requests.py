@@ -15,7 +15,8 @@ TEXT = {"prompt": "2 + 3 ="}
 
 def ask(server: Any, path: str, body: Any) -> httpx.Response:
     content = body if isinstance(body, bytes | str) else json.dumps(body)
-    return httpx.post(f"{server.url}{path}", content=content, headers={"content-type": "application/json"}, timeout=30)
+    answer: httpx.Response = server.http.post(path, content=content, headers={"content-type": "application/json"})
+    return answer
 
 
 def check_error(answer: httpx.Response, status: int, param: str | None, *words: str) -> dict[str, Any]:
