@@ -39,6 +39,7 @@ from engine.errors import EngineUnavailable, MantaError
 from engine.executor import Executor
 from engine.llm_engine import LLMEngine
 from engine.model_config import ModelConfig, resolve
+from engine.picture import picture
 from engine.request import SequenceOutput
 
 logger = logging.getLogger(__name__)
@@ -120,17 +121,18 @@ class Driver:
         elif message.topic == "health":
             peer.send(encode(Reply(message.number, msgspec.to_builtins(self.loop.health()))))
         else:
-            self._answer_stats(peer, message)
+            self._answer(peer, message)
 
     def gone(self, peer: Peer, reason: str) -> None:
         logger.info("%s: client %s left: %s", self.name, peer.hello, reason)
         self.loop.post(peer, ClientGone())
 
-    def _answer_stats(self, peer: Peer, ask: Ask) -> None:
+    def _answer(self, peer: Peer, ask: Ask) -> None:
         """In order with the client's other messages, so that it sees what they did."""
 
         def answer() -> None:
-            peer.send(encode(Reply(ask.number, self.stats())))
+            body = picture(self.engine) if ask.topic == "picture" else self.stats()
+            peer.send(encode(Reply(ask.number, body)))
 
         self.loop.post(peer, Call(answer))
 

@@ -102,6 +102,10 @@ class DriverClient:
         """The engine's counters and gauges, by name, as of its last step."""
         return await self._ask("stats", timeout_s)
 
+    async def picture(self, timeout_s: float = 5.0) -> dict[str, Any]:
+        """What every block and request is doing; see engine.picture."""
+        return await self._ask("picture", timeout_s)
+
     async def health(self, timeout_s: float = 2.0) -> DriverHealth:
         """What the driver knows of itself. Raises EngineUnavailable when it does not answer in time."""
         return msgspec.convert(await self._ask("health", timeout_s), DriverHealth)
@@ -120,7 +124,7 @@ class DriverClient:
         if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self._end("the driver does not read")
 
-    async def _ask(self, topic: Literal["stats", "health"], timeout_s: float) -> dict[str, Any]:
+    async def _ask(self, topic: Literal["stats", "health", "picture"], timeout_s: float) -> dict[str, Any]:
         number = next(self._numbers)
         self._send(Ask(number, topic))
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()

@@ -30,7 +30,7 @@ class Ask(msgspec.Struct, tag="ask", array_like=True):
     """Answer with a Reply of the same number."""
 
     number: int
-    topic: Literal["stats", "health"]
+    topic: Literal["stats", "health", "picture"]
 
 
 class Welcome(msgspec.Struct, tag="welcome", array_like=True):

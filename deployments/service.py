@@ -48,6 +48,10 @@ class EngineClient(Protocol):
         """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""
         ...
 
+    async def picture(self) -> dict[str, Any]:
+        """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""
+        ...
+
     async def health(self) -> DriverHealth:
         """What the engine knows of itself. Raises EngineUnavailable when it does not answer."""
         ...
@@ -112,6 +116,10 @@ class ModelService:
     async def stats(self) -> dict[str, Any]:
         """The engine's counters now. Raises EngineUnavailable."""
         return await self._engine().stats()
+
+    async def picture(self) -> dict[str, Any]:
+        """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""
+        return {"model": self.config.names[0], **await self._engine().picture()}
 
     async def picture(self) -> dict[str, Any]:
         """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""

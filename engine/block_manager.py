@@ -63,6 +63,14 @@ class BlockManager:
             saved=self._num_saved,
         )
 
+    def cached_blocks(self) -> Iterable[int]:
+        """Blocks that nobody owns and the prefix cache knows."""
+        return self._idle.keys()
+
+    def shared_blocks(self) -> Iterable[int]:
+        """Blocks of more than one owner."""
+        return (block for block, count in enumerate(self._ref) if count > 1)
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
         return -(-num_tokens // self.block_size)

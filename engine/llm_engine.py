@@ -136,6 +136,10 @@ class LLMEngine:
             self._forget(sequence)
         self._ready = [o for o in self._ready if o.request_id != request_id or index not in (None, o.index)]
 
+    def groups(self) -> list[Group]:
+        """Unfinished requests, oldest first."""
+        return list(self._groups.values())
+
     @property
     def has_unfinished(self) -> bool:
         """Whether finish_step has more to tell."""

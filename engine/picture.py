@@ -1,0 +1,90 @@
+"""A picture of an engine: what every block and every request is doing, for somebody who looks. Costs milliseconds."""
+
+from __future__ import annotations
+
+import time
+from base64 import b64encode
+from typing import Any
+
+import numpy as np
+
+from engine.llm_engine import LLMEngine
+from engine.metrics import Histogram
+from engine.sequence import Status
+
+FREE, CACHED, OWNED, SHARED = range(4)
+MAX_REQUESTS = 1000
+
+
+def picture(engine: LLMEngine) -> dict[str, Any]:
+    """Blocks, requests, counters and histograms now, as plain values; call it on the thread that drives the engine.
+
+    `blocks.state` is base64 of one byte a block: free, cached, owned or shared (0 to 3); `blocks.owner` of one
+    little-endian int16 a block: the index in `requests` of a request that holds it, or -1. The oldest requests come
+    first; at most MAX_REQUESTS of them are told of.
+    """
+    stats = engine.stats()
+    states, requests, owners = np.zeros(stats.num_blocks, np.uint8), [], np.full(stats.num_blocks, -1, "<i2")
+    now = time.perf_counter()
+    states[list(engine.blocks.cached_blocks())] = CACHED
+    for number, group in enumerate(engine.groups()):
+        live = list(group.sequences.values())
+        blocks = {block for sequence in live for block in sequence.block_table}
+        held = list(blocks)
+        states[held] = OWNED
+        if number >= MAX_REQUESTS:
+            continue
+        owners[held] = number
+        first = live[0]
+        requests.append(
+            {
+                "id": group.request.request_id,
+                "state": "running" if any(s.status is Status.RUNNING for s in live) else "waiting",
+                "sequences": len(live),
+                "prompt_tokens": group.request.num_prompt_tokens,
+                "cached_tokens": first.num_cached,
+                "output_tokens": sum(s.num_output_tokens for s in live),
+                "blocks": len(blocks),
+                "age_s": now - group.accepted_s,
+            }
+        )
+    states[list(engine.blocks.shared_blocks())] = SHARED
+    metrics = engine.metrics
+    return {
+        "time": time.time(),
+        "tensor_parallel_size": engine.config.tensor_parallel_size,
+        "max_num_seqs": engine.config.max_num_seqs,
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "step_s": metrics.step_s.quantile(0.5) if metrics.step_s.count else 0.0,
+        "blocks": {
+            "total": stats.num_blocks,
+            "block_size": engine.blocks.block_size,
+            "free": stats.free_blocks - stats.cached_blocks,
+            "cached": stats.cached_blocks,
+            "used": stats.used_blocks,
+            "shared": stats.shared_blocks,
+            "saved": stats.saved_blocks,
+            "state": b64encode(states.tobytes()).decode(),
+            "owner": b64encode(owners.tobytes()).decode(),
+        },
+        "requests": requests,
+        "counters": {
+            "generated_tokens": stats.generated_tokens,
+            "prompt_tokens": metrics.prompt_tokens,
+            "requests": metrics.num_requests,
+            "steps": stats.steps,
+            "preemptions": stats.preemptions,
+            "recoveries": stats.recoveries,
+            "prefix_hit_tokens": stats.prefix_hit_tokens,
+            "prefix_query_tokens": stats.prefix_query_tokens,
+        },
+        "ttft": _histogram(metrics.first_token_s),
+        "gap": _histogram(metrics.token_gap_s),
+        "queue": _histogram(metrics.queue_s),
+        "step": _histogram(metrics.step_s),
+    }
+
+
+def _histogram(histogram: Histogram) -> dict[str, Any]:
+    return {"bounds": list(histogram.bounds), "counts": histogram.counts.tolist(), "sum": histogram.sum}

@@ -1,0 +1,74 @@
+"""The pages' files, the engine's picture and the metrics, over real HTTP."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/", "text/html"),
+        ("/engine", "text/html"),
+        ("/web/style.css", "text/css"),
+        ("/web/chat.js", "javascript"),
+        ("/web/markdown.js", "javascript"),
+        ("/web/engine.js", "javascript"),
+    ],
+)
+def test_files(server, path, kind):
+    answer = httpx.get(server.url + path)
+    assert answer.status_code == 200
+    assert kind in answer.headers["content-type"]
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("path", ["/web/nothing.js", "/web/..%2fapp.py", "/web/%2e%2e/app.py", "/web/"])
+def test_no_other_files(server, path):
+    assert httpx.get(server.url + path).status_code == 404
+
+
+def test_picture_while_busy_and_idle(server):
+    body = {"prompt": "Count from 1 to 90.", "max_tokens": 150, "ignore_eos": True, "n": 3, "temperature": 1, "seed": 1}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60) for _ in range(4)]
+        busy = None
+        while not all(a.done() for a in answers):
+            picture = httpx.get(f"{server.url}/engine/state").json()
+            if picture["running"] >= 3 and picture["blocks"]["shared"]:
+                busy = picture
+        assert all(a.result().status_code == 200 for a in answers)
+    assert busy is not None
+    states = np.frombuffer(base64.b64decode(busy["blocks"]["state"]), np.uint8)
+    owners = np.frombuffer(base64.b64decode(busy["blocks"]["owner"]), "<i2")
+    assert len(states) == len(owners) == busy["blocks"]["total"]
+    assert (states >= 2).sum() == busy["blocks"]["used"]
+    assert (states == 3).sum() == busy["blocks"]["shared"] > 0
+    assert (states == 1).sum() == busy["blocks"]["cached"]
+    assert owners.max() == len(busy["requests"]) - 1
+    assert busy["requests"][0]["sequences"] == 3
+    server.wait_idle()
+    picture = httpx.get(f"{server.url}/engine/state").json()
+    assert picture["requests"] == []
+    assert picture["blocks"]["used"] == 0
+    assert picture["counters"]["generated_tokens"] >= 4 * 3 * 150
+
+
+def test_metrics_parse(server):
+    httpx.post(f"{server.url}/v1/completions", json={"prompt": "Hi", "max_tokens": 4}, timeout=60)
+    families = {f.name: f for f in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)}
+    assert families["manta_generated_tokens"].type == "counter"
+    assert families["manta_time_to_first_token_seconds"].type == "histogram"
+    counts = {s.name: s.value for s in families["manta_time_to_first_token_seconds"].samples if "bucket" not in s.name}
+    assert counts["manta_time_to_first_token_seconds_count"] >= 1
+    assert families["manta_blocks_total"].samples[0].labels == {"model": "tiny"}
+
+
+def test_version(server):
+    assert httpx.get(f"{server.url}/version").json()["version"]
