@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from engine.config import EngineConfig
 from engine.model_config import ModelConfig, resolve
@@ -183,7 +183,10 @@ def make_requests(case: str, requests: Workload, params: dict[str, Any]) -> Iter
         yield Request.create(f"{case}-{number}-{time.monotonic_ns()}", prompt, sampling, arrival_s=time.time())
 
 
-Run = Callable[[list[Request]], Timeline]
+class Run(Protocol):
+    """Runs requests to their end. `at_step` is called before each step, where the steps are taken here."""
+
+    def __call__(self, requests: list[Request], at_step: Callable[[int], None] | None = None) -> Timeline: ...
 
 
 @contextmanager
@@ -204,11 +207,13 @@ def offline(config: EngineConfig, model_config: ModelConfig, report: Report) -> 
     engine.start()
     report.add(START, "offline", time.perf_counter() - began_s, "s")
 
-    def run(requests: list[Request]) -> Timeline:
+    def run(requests: list[Request], at_step: Callable[[int], None] | None = None) -> Timeline:
         timeline = Timeline(time.perf_counter())
         for request in requests:
             engine.add_request(request)
         while engine.has_unfinished:
+            if at_step is not None:
+                at_step(len(timeline.steps))
             timeline.note(engine.step())
         return timeline
 
@@ -250,19 +255,21 @@ def through_ray(config: EngineConfig, model_config: ModelConfig, report: Report)
         return timeline
 
     try:
-        yield lambda requests: asyncio.run(drive(requests))
+        yield lambda requests, _=None: asyncio.run(drive(requests))
     finally:
         stop_driver(driver)
 
 
-def run_case(name: str, engine: str, run: Run, vocab_size: int, report: Report) -> None:
+def run_case(name: str, engine: str, run: Run, vocab_size: int, report: Report, compiled: Compiled) -> None:
     case = CASES[name]
+    before = len(compiled.names)
     workload_ = case.requests(vocab_size)
     requests = list(make_requests(name, workload_, case.params))
     timeline = run(requests)
     expected = sum(length for _, length in workload_)
     assert timeline.num_tokens == expected, f"{name}: {timeline.num_tokens} tokens instead of {expected}"
-    report.add(name, engine, case.measure(workload_, timeline), case.unit, wall_s=round(timeline.wall_s, 3))
+    more = {"compiled": compiled.since(before)} if compiled.names[before:] else {}
+    report.add(name, engine, case.measure(workload_, timeline), case.unit, wall_s=round(timeline.wall_s, 3), **more)
 
 
 def warm_up(run: Run, vocab_size: int) -> float:
@@ -273,35 +280,70 @@ def warm_up(run: Run, vocab_size: int) -> float:
     return time.perf_counter() - began_s
 
 
-def profile(run: Run, vocab_size: int, num_seqs: int, prompt_tokens: int, report: Report) -> None:
-    """Where a decode step's time goes, and the share of it in which the GPU is busy (offline engine only)."""
+@dataclass
+class Compiled:
+    """Triton kernels compiled, or loaded from its cache, in this process: none should be once the engine is warm."""
+
+    names: list[str] = field(default_factory=list)
+
+    def watch(self) -> None:
+        import triton
+
+        def note(*_: Any, **given: Any) -> None:
+            self.names.append(str(given.get("fn") and given["fn"].name))
+
+        triton.knobs.runtime.jit_post_compile_hook = note
+
+    def since(self, before: int) -> str:
+        new = self.names[before:]
+        return f"{len(new)} kernels compiled" + (f": {', '.join(sorted(set(new)))}" if new else "")
+
+
+def profile(run: Run, requests: list[Request], first_step: int, num_steps: int, name: str, report: Report) -> None:
+    """Where the time of some steps goes, and the share of it in which the GPU is busy (offline engine only)."""
     import torch
     from torch.profiler import ProfilerActivity
 
-    requests = list(make_requests("profile", workload.fixed(num_seqs, vocab_size, prompt_tokens, 40), {}))
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as traced:
-        timeline = run(requests)
+    traced = torch.profiler.profile(activities=[ProfilerActivity.CUDA])
+    window: list[float] = []
+
+    def at_step(step: int) -> None:
+        if step == first_step:
+            traced.start()
+            window.append(time.perf_counter())
+        elif step == first_step + num_steps:
+            torch.cuda.synchronize()
+            window.append(time.perf_counter())
+            traced.stop()
+
+    run(requests, at_step)
     kernels = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in traced.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
-    # The last 30 steps are decodes alone.
-    span_us = (timeline.steps[-1][0] - timeline.steps[-31][0]) * 1e6
-    end = max(stop for _, stop, _ in kernels)
-    kernels = [kernel for kernel in kernels if kernel[0] >= end - span_us]
     busy, reached, totals = 0.0, kernels[0][0], dict[str, float]()
-    for start, stop, name in kernels:
+    for start, stop, kernel in kernels:
         busy += max(0.0, stop - max(start, reached))
         reached = max(reached, stop)
-        totals[name] = totals.get(name, 0.0) + stop - start
+        totals[kernel] = totals.get(kernel, 0.0) + stop - start
     share = busy / (reached - kernels[0][0])
-    top = sorted(totals.items(), key=lambda item: -item[1])[:24]
-    for name, total_us in top:
-        print(f"    {total_us / 30e3:8.3f} ms/step  {name[:110]}", flush=True)
-    report.add(
-        f"busy-decode-{num_seqs}", "offline", share * 100, "%", top=[(n[:60], round(t / 30e3, 4)) for n, t in top]
-    )
+    top = sorted(totals.items(), key=lambda item: -item[1])[:22]
+    for kernel, total_us in top:
+        print(f"    {total_us / num_steps / 1e3:8.3f} ms/step  {kernel[:100]}", flush=True)
+    shares = [(kernel[:60], round(total_us / num_steps / 1e3, 4)) for kernel, total_us in top]
+    step_ms = (window[1] - window[0]) / num_steps * 1e3
+    report.add(f"busy, {name}", "offline", share * 100, "%", step_ms=round(step_ms, 3), kernels=shares)
+
+
+PROFILES: dict[str, tuple[Callable[[int], Workload], int]] = {
+    "decode-1": (lambda v: workload.fixed(1, v, 128, 80), 20),
+    "decode-16": (lambda v: workload.fixed(16, v, 128, 80), 20),
+    "decode-64": (lambda v: workload.fixed(64, v, 512, 80), 30),
+    "decode-256": (lambda v: workload.fixed(256, v, 512, 80), 40),
+    "chat": (lambda v: workload.chat(400, v), 120),
+    "prefill": (lambda v: workload.fixed(40, v, 4096, 1), 4),
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -311,7 +353,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engines", default="offline,ray")
     parser.add_argument("--cases", help="comma-separated; default: all those that have an anchor")
-    parser.add_argument("--profile", default="", help="numbers of sequences whose decode is profiled, offline only")
+    parser.add_argument("--profile", default="", help=f"of {','.join(PROFILES)}; through the offline engine only")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--steps-ahead", type=int, default=2)
@@ -321,6 +363,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON; default scripts/results/<host>-<date>.json")
     args = parser.parse_args(argv)
     args.engines = args.engines.split(",")
+    args.profile = [name for name in args.profile.split(",") if name]
     anchored = [case for model, tp, case in ANCHORS if (model, tp) == (args.model, args.tp) and case in CASES]
     args.cases = args.cases.split(",") if args.cases else anchored or ["decode-8", "chat20-greedy", "chat20-sampled"]
     unknown = set(args.cases) - set(CASES)
@@ -340,19 +383,24 @@ def main(argv: list[str]) -> int:
     report = Report(args.out, args.model, args.tp)
     config, model_config = make_config(args)
     engines = {"offline": offline, "ray": through_ray}
-    failures = 0
+    compiled = Compiled()
+    if args.device == "cuda":
+        compiled.watch()
     for engine in args.engines:
         with engines[engine](config, model_config, report) as run:
-            print(f"warm-up: {warm_up(run, model_config.vocab_size):.1f} s", flush=True)
+            seconds = warm_up(run, model_config.vocab_size)
+            print(f"warm-up: {seconds:.1f} s, {compiled.since(0)}", flush=True)
             for case in args.cases:
                 if time.perf_counter() - began_s > args.limit_s:
                     print(f"{case}: left out, the time is up", flush=True)
                     continue
-                run_case(case, engine, run, model_config.vocab_size, report)
-            if engine == "offline" and args.profile:
-                for count in args.profile.split(","):
-                    profile(run, model_config.vocab_size, int(count), 512 if int(count) > 1 else 128, report)
-    return failures
+                run_case(case, engine, run, model_config.vocab_size, report, compiled)
+            for name in args.profile if engine == "offline" else ():
+                if time.perf_counter() - began_s < args.limit_s:
+                    make, first_step = PROFILES[name]
+                    requests = list(make_requests(name, make(model_config.vocab_size), {}))
+                    profile(run, requests, first_step, 4 if name == "prefill" else 30, name, report)
+    return 0
 
 
 if __name__ == "__main__":
