@@ -28,21 +28,21 @@ LOG2E = 1.4426950408889634
 class DecodeConfig:
     """How the decode kernel is compiled and how many programs run."""
 
-    tile: int = 64  # tokens
-    num_warps: int = 4
+    tile: int = 32  # tokens
+    num_warps: int = 2
     num_stages: int = 3
-    programs_per_multiprocessor: int = 2
+    programs_per_multiprocessor: int = 4
     min_tiles: int = 1  # the least work of a slice: fewer slices are cheaper to merge
 
 
-def decode_config(head_dim: int, element_size: int) -> DecodeConfig:
-    """The measured choice (see BENCHMARKS.md) for a head size and the cache's bytes an element."""
+def decode_config(head_dim: int, element_size: int, num_seqs: int) -> DecodeConfig:
+    """The measured choice (see BENCHMARKS.md) for a head size, the cache's bytes an element and a batch's size."""
     row_bytes = next_power_of_2(head_dim) * element_size
     if row_bytes > 512:
-        return DecodeConfig(tile=16, num_stages=2)
+        return DecodeConfig(tile=16, num_warps=4, num_stages=2, programs_per_multiprocessor=2)
     if row_bytes > 256:
-        return DecodeConfig(tile=32)
-    return DecodeConfig()
+        return DecodeConfig(num_warps=4, programs_per_multiprocessor=2)
+    return DecodeConfig(programs_per_multiprocessor=2 if num_seqs <= 4 else 4)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def make_work(
     """Cut a step's contexts into slices, on the device, without looking at the lengths from the host."""
     num_seqs = context_lens.shape[0]
     num_kv_heads, head_dim = k_cache.shape[2:]
-    config = config or decode_config(head_dim, k_cache.element_size())
+    config = config or decode_config(head_dim, k_cache.element_size(), num_seqs)
     programs = num_multiprocessors(k_cache.device) * config.programs_per_multiprocessor
     num_slices = max(1, programs // num_kv_heads)
     plan = torch.empty(1 + 2 * num_slices + num_seqs, dtype=torch.int32, device=context_lens.device)

@@ -33,8 +33,8 @@ def prefill_config(head_dim: int, element_size: int, max_seqlen_q: int) -> Prefi
         return PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)
     if row_bytes > 256:
         return PrefillConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
-    if max_seqlen_q <= 64:
-        return PrefillConfig(block_m=64, num_warps=4)
+    if max_seqlen_q <= 256:
+        return PrefillConfig(block_m=64, num_warps=4, num_stages=2)
     return PrefillConfig()
 
 

@@ -23,7 +23,6 @@ from kernels.launch import dependent_launch
 from kernels.linear import linear, linear_add, linear_silu_and_mul, norm_linear, norm_linear_silu_and_mul
 from kernels.linear_configs import ANY, TABLE, Row, linear_config
 from kernels.linear_gemv import GemvConfig
-from kernels.linear_stream import LinearConfig
 from kernels.paged_attention import decode, plan_decode
 from kernels.rms_norm import fused_add_rms_norm, rms_norm
 from kernels.sampling import SamplingTensors, sample
@@ -158,11 +157,11 @@ def measure(step: Step, rows: int, context: int) -> None:
 
 
 # (operation, max_size of its row) -> configs to try at one row.
-TRIALS: dict[tuple[str, int], list[GemvConfig | LinearConfig]] = {
+TRIALS: dict[tuple[str, int], list[GemvConfig]] = {
     (operation, size): [
         GemvConfig(bn, bk, warps, prefetch)
-        for bn, bk, warps in ((8, 1024, 4), (4, 1024, 4), (4, 2048, 4), (2, 4096, 4), (8, 512, 2), (16, 512, 2))
-        for prefetch in (0, 1024, 4096)
+        for bn, bk, warps in ((2, 2048, 4), (2, 4096, 4), (8, 2048, 8), (4, 4096, 8))
+        for prefetch in (0, 528, 1056)
         if not ("silu" in operation and bn * bk > 8192)
     ]
     for operation, size in (("linear_add", 8192), ("linear_add", ANY), ("norm_linear", ANY),
@@ -174,9 +173,7 @@ def tune(step: Step) -> None:
     """At one row, in the step itself: change one product's config at a time and keep the fastest."""
     for (operation, size), configs in TRIALS.items():
         place = next(i for i, row in enumerate(TABLE[operation]) if row.max_rows == 1 and row.max_size == size)
-        trials = [TABLE[operation][place].config, *configs, LinearConfig(16, 64, 256, 4, 4, 1, swap=True, prefetch=256)]
-        if "silu" in operation:
-            trials.append(LinearConfig(16, 64, 128, 8, 3, 2, swap=True))
+        trials = [TABLE[operation][place].config, *configs]
         timed = []
         for config in trials:
             TABLE[operation][place] = Row(1, size, config)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from kernels.registry import force
 
 
 def attention(
@@ -63,3 +66,12 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
     """‖out - reference‖ / ‖reference‖ in float64; NaN when either has one."""
     difference = (out.double().cpu() - reference.double().cpu()).norm()
     return float(difference / reference.double().norm().clamp(min=1e-30))
+
+
+def both(op: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """The operation's results by its definition and by its Triton kernel (interpreted, on a machine without a GPU)."""
+    with force("torch"):
+        expected = op(*args, **kwargs)
+    with force("triton"):
+        actual = op(*args, **kwargs)
+    return expected, actual
