@@ -1,0 +1,136 @@
+"""ModelService: requests outlive their engine, ids are unique, what is given up is aborted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.driver import Driver
+from cluster.driver_client import DriverClient
+from deployments.config import AppConfig
+from deployments.service import ModelService
+from engine.errors import EngineUnavailable, PromptTooLong, RequestError
+from engine.local_executor import LocalExecutor
+from engine.model_config import ModelConfig
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+
+PARAMS = SamplingParams(n=2, temperature=1.5, seed=11, max_tokens=60, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def other_driver(config: AppConfig) -> Iterator[Driver]:
+    model_config = ModelConfig.load(config)
+    driver = Driver(
+        "other",
+        config.engine,
+        LocalExecutor(config.engine, model_config),
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=model_config.eos_token_ids,
+    )
+    driver.start()
+    yield driver
+    driver.stop()
+
+
+@pytest.fixture
+def service(config: AppConfig) -> ModelService:
+    tokenizer = Tokenizer.load(config)
+    return ModelService(config, tokenizer, vocab_size=ModelConfig.load(config).vocab_size, sampling_defaults={})
+
+
+async def connect(service: ModelService, driver: Driver) -> DriverClient:
+    client = await DriverClient.connect(driver.ticket, on_outputs=service.deliver)
+    service.attach(client)
+    return client
+
+
+def test_requests_go_on_with_another_engine(server: Any, other_driver: Driver, service: ModelService) -> None:
+    """In the middle of its tokens a request loses its engine and ends on another with the tokens it would have had."""
+
+    async def run(lose_after: int | None) -> tuple[list[str], list[list[int]]]:
+        client = await connect(service, server.driver)
+        prompt = await service.encode_prompt("Tell me a story", PARAMS)
+        pieces = ["", ""]
+        seen = 0
+        async with service.generate(prompt, PARAMS) as generation:
+            async for deltas in generation:
+                for delta in deltas:
+                    pieces[delta.index] += delta.text
+                    seen += len(delta.token_ids)
+                if lose_after is not None and seen >= lose_after:
+                    lose_after = None
+                    await client.close()
+                    service.detach()
+                    with pytest.raises(EngineUnavailable):
+                        service.generate(prompt, PARAMS)
+                    client = await connect(service, other_driver)
+                    assert service.resume() == 1
+        await client.close()
+        assert generation.result is not None
+        assert [output.text for output in generation.result.outputs] == pieces
+        return pieces, [output.token_ids for output in generation.result.outputs]
+
+    undisturbed = asyncio.run(run(None))
+    assert [len(ids) for ids in undisturbed[1]] == [60, 60]
+    for lose_after in (1, 35, 101):
+        assert asyncio.run(run(lose_after)) == undisturbed
+
+
+def test_an_engine_that_is_gone_for_good(server: Any, service: ModelService) -> None:
+    async def main() -> None:
+        client = await connect(service, server.driver)
+        generation = service.generate([5, 6, 7], PARAMS)
+        service.fail("no GPU is left")
+        with pytest.raises(EngineUnavailable, match="no GPU is left"):
+            await generation.finish()
+        with pytest.raises(EngineUnavailable, match="no GPU is left"):
+            service.generate([5, 6, 7], PARAMS)
+        health = await service.health()
+        assert (health.state, health.live) == ("failed", False)
+        generation.release()
+        assert service.num_unfinished == 0
+        await client.close()
+
+    asyncio.run(main())
+
+
+def test_ids_in_use_get_a_suffix(server: Any, service: ModelService) -> None:
+    async def main() -> None:
+        client = await connect(service, server.driver)
+        a = service.generate([5, 6, 7], PARAMS, request_id="same")
+        b = service.generate([5, 6, 7], PARAMS, request_id="same")
+        assert a.request_id == "same"
+        assert b.request_id.startswith("same-")
+        first, second = await asyncio.gather(a.finish(), b.finish())
+        assert [o.token_ids for o in first.outputs] == [o.token_ids for o in second.outputs]
+        a.release()
+        b.release()
+        assert service.num_unfinished == 0
+        await client.close()
+
+    asyncio.run(main())
+
+
+def test_no_prompt_runs_when_one_is_at_fault(server: Any, service: ModelService) -> None:
+    async def main() -> None:
+        client = await connect(service, server.driver)
+        with pytest.raises(PromptTooLong):
+            service.start_batch([[5, 6], [7] * 300], PARAMS, request_id="x")
+        assert service.num_unfinished == 0
+        await client.close()
+
+    asyncio.run(main())
+    server.wait_idle()
+
+
+def test_sampling_defaults(service: ModelService) -> None:
+    """The request's own, then the model's, then the route's."""
+    service.sampling_defaults = {"temperature": 0.5, "top_p": 0.9}
+    params = service.sampling_params({"top_p": 0.7}, max_tokens=5)
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.5, 0.7, 5)
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        service.sampling_params({"stop_token_ids": [99999]})
