@@ -130,9 +130,9 @@ function drawHistogram(id, histogram) {
     pen.fillStyle = css("--owned");
     pen.fillRect((k - from) * step + 2, height - 18 - size, step - 4, size);
     pen.fillStyle = css("--soft");
-    if (histogram.counts[k]) pen.fillText(share(histogram.counts[k], total), (k - from + 0.5) * step, height - 22 - size);
+    if (histogram.counts[k] / total >= 0.005) pen.fillText(share(histogram.counts[k], total), (k - from + 0.5) * step, height - 22 - size);
     const bound = histogram.bounds[k];
-    if (step > 34 || (k - from) % 2 === 0) pen.fillText(bound === undefined ? "more" : "≤ " + seconds(bound), (k - from + 0.5) * step, height - 4);
+    if ((k - from) % Math.ceil(58 / step) === 0) pen.fillText(bound === undefined ? "more" : "≤ " + seconds(bound), (k - from + 0.5) * step, height - 4);
   }
 }
 
