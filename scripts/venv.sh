@@ -3,7 +3,7 @@
 # ensure_venv EXTRAS: make .venv when there is none and install what pyproject.toml asks for (EXTRAS as in "[dev]"), with the
 # versions of constraints.txt. Quick when nothing changed since the last time.
 ensure_venv() {
-    local extras="${1:-}" python="" candidate stamp wanted
+    local extras="${1:-}" python="" candidate stamp wanted more=()
     for candidate in "${MANTA_PYTHON:-}" python3.11 python3.12 python3.13 python3; do
         if [ -n "$candidate" ] && "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
             python="$candidate"
@@ -26,6 +26,10 @@ ensure_venv() {
     echo "manta: installing into .venv (several hundred MB the first time)" >&2
     # torch on its own and first: this exact requirement is what picks a CPU wheel where one is offered.
     .venv/bin/python -m pip install --disable-pip-version-check "torch==2.13.0" >&2
-    .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".$extras" >&2
+    # A CUDA build of torch brought its triton along; the tests of kernels want one beside the CPU build too.
+    if [ "$extras" = "[dev]" ] && ! .venv/bin/python -c 'import triton' 2>/dev/null; then
+        more=("triton==3.9.0")
+    fi
+    .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".$extras" "${more[@]}" >&2
     echo "$wanted" >"$stamp"
 }
