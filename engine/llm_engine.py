@@ -265,8 +265,6 @@ class LLMEngine:
             recoveries=self.metrics.num_recoveries,
         )
 
-    # Requests, continued.
-
     def _new_id(self) -> int:
         """A sequence id that nothing in flight remembers: 31 bits, not used again for a long time."""
         self._num_sequences = (self._num_sequences + 1) & 0x7FFFFFFF
