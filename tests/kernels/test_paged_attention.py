@@ -1,0 +1,184 @@
+"""Paged attention, decode and ragged prefill: the definitions, and Triton, against loops in float64."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import paged_attention, paged_decode, paged_prefill
+from kernels.paged_attention import decode, plan_decode, prefill
+from kernels.paged_decode import DecodeConfig
+from kernels.paged_prefill import PrefillConfig
+from kernels.registry import Choice, force
+from tests.kernels.reference import attention, relative_error
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+BLOCK_SIZE = 4
+
+
+def batch(lens: list[int], kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values, shuffled tables whose unused entries are out of range, and lengths."""
+    torch.manual_seed(0)
+    width = max(-(-length // BLOCK_SIZE) for length in lens) + 1
+    blocks = iter(torch.randperm(len(lens) * width).tolist())
+    tables = torch.full((len(lens), width), 1 << 28, dtype=torch.int32)
+    for row, length in enumerate(lens):
+        for i in range(-(-length // BLOCK_SIZE)):
+            tables[row, i] = next(blocks)
+    shape = (len(lens) * width, BLOCK_SIZE, kv_heads, dim)
+    return torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), tables, torch.tensor(lens, dtype=torch.int32)
+
+
+LENS = [1, 37, 0, 130, 64, 5]
+VARIANTS = [(0, 0.0), (20, 0.0), (0, 3.0), (33, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "dtype"),
+    [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)],
+)
+@pytest.mark.parametrize(("window", "softcap"), VARIANTS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (6, 1, 40)])
+def test_decode(
+    choice: Choice, dtype: torch.dtype, window: int, softcap: float, heads: int, kv_heads: int, dim: int
+) -> None:
+    k, v, tables, lens = batch(LENS, kv_heads, dim, dtype)
+    q = torch.randn(len(LENS), heads + 2, dim).to(dtype)[:, 1:-1]
+    expected = attention(q, k, v, tables, lens, [1] * len(LENS), dim**-0.5, window, softcap)
+    with force(choice):
+        out = decode(q, k, v, tables, lens, scale=dim**-0.5, sliding_window=window, softcap=softcap)
+        plan = plan_decode(k, tables, lens, sliding_window=window)
+        shared = [
+            decode(q, k, v, tables, lens, scale=dim**-0.5, sliding_window=window, softcap=softcap, plan=plan)
+            for _ in range(2)
+        ]
+    assert out.dtype == dtype and out.shape == q.shape
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    assert not out[2].any()
+    assert all(torch.equal(again, out) for again in shared)
+
+
+@pytest.mark.parametrize("dim", [96, 128, 256])
+def test_large_heads(dim: int) -> None:
+    k, v, tables, lens = batch([19, 50], 1, dim, torch.float32)
+    q = torch.randn(2, 2, dim)
+    expected = attention(q, k, v, tables, lens, [1, 1], dim**-0.5)
+    with force("triton"):
+        assert relative_error(decode(q, k, v, tables, lens, scale=dim**-0.5), expected) < 1e-6
+    new = torch.randn(9 + 30, 2, dim)
+    expected = attention(new, k, v, tables, lens, [9, 30], dim**-0.5)
+    cu = torch.tensor([0, 9, 39], dtype=torch.int32)
+    with force("triton"):
+        assert relative_error(prefill(new, k, v, tables, lens, cu, 30, scale=dim**-0.5), expected) < 1e-6
+
+
+@pytest.mark.parametrize("slices_a_processor", [1, 3, 16])
+@pytest.mark.parametrize("min_tiles", [1, 3])
+def test_decode_is_the_same_however_it_is_sliced(slices_a_processor: int, min_tiles: int) -> None:
+    k, v, tables, lens = batch(LENS, 2, 32, torch.float32)
+    q = torch.randn(len(LENS), 4, 32)
+    expected = attention(q, k, v, tables, lens, [1] * len(LENS), 0.2)
+    work = paged_decode.make_work(k, lens, 0, DecodeConfig(16, 4, 2, slices_a_processor, min_tiles))
+    out = paged_decode.decode(q, k, v, tables, lens, scale=0.2, softcap=0.0, work=work)
+    assert relative_error(out, expected) < 1e-6
+    assert not work.arrived.any(), "the counters are not back at zero"
+
+
+def test_slices_are_equal_and_cover_every_tile_once() -> None:
+    lens = torch.tensor([700, 1, 0, 64, 65, 3000], dtype=torch.int32)
+    k = torch.empty(1, BLOCK_SIZE, 2, 32)
+    work = paged_decode.make_work(k, lens, 0, DecodeConfig(tile=64, programs_per_multiprocessor=5))
+    plan, slices = work.plan.tolist(), work.num_slices
+    tiles = [max(1, -(-n // 64)) for n in lens.tolist()]
+    before = [0, *accumulate(tiles)][:-1]
+    assert plan[1 + 2 * slices :] == before
+    per_slice = plan[0]
+    assert per_slice == -(-sum(tiles) // slices)
+    for g in range(slices):
+        start = min(g * per_slice, sum(tiles))
+        if start < sum(tiles):
+            seq = max(b for b in range(len(tiles)) if before[b] <= start)
+            assert (plan[1 + g], plan[1 + slices + g]) == (seq, start - before[seq])
+        else:
+            assert plan[1 + g] == len(tiles)
+
+
+RUNS = [(1, 1), (37, 20), (5, 0), (130, 70), (64, 64), (90, 1), (16, 3)]  # (context, new tokens)
+
+
+@pytest.mark.parametrize(
+    ("choice", "dtype"),
+    [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)],
+)
+@pytest.mark.parametrize(("window", "softcap"), VARIANTS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (1, 1, 40)])
+def test_prefill(
+    choice: Choice, dtype: torch.dtype, window: int, softcap: float, heads: int, kv_heads: int, dim: int
+) -> None:
+    k, v, tables, lens = batch([context for context, _ in RUNS], kv_heads, dim, dtype)
+    new = [count for _, count in RUNS]
+    cu = torch.tensor([0, *accumulate(new)], dtype=torch.int32)
+    padding = 3
+    q = torch.randn(sum(new) + padding, heads, dim).to(dtype)
+    expected = attention(q, k, v, tables, lens, new, dim**-0.5, window, softcap)
+    with force(choice):
+        out = prefill(q, k, v, tables, lens, cu, max(new), scale=dim**-0.5, sliding_window=window, softcap=softcap)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    assert not out[sum(new) :].any()
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (16, 64), (64, 16)])
+@pytest.mark.parametrize("window", [0, 5, 40])
+def test_prefill_is_the_same_in_any_tiles(block_m: int, block_n: int, window: int) -> None:
+    k, v, tables, lens = batch([context for context, _ in RUNS], 1, 16, torch.float32)
+    new = [count for _, count in RUNS]
+    cu = torch.tensor([0, *accumulate(new)], dtype=torch.int32)
+    q = torch.randn(sum(new), 1, 16)
+    expected = attention(q, k, v, tables, lens, new, 0.25, window)
+    config = PrefillConfig(block_m, block_n, 4, 2)
+    out = paged_prefill.prefill(q, k, v, tables, lens, cu, max(new), scale=0.25, sliding_window=window, config=config)
+    assert relative_error(out, expected) < 1e-6
+
+
+def test_interleaved_caches() -> None:
+    """Keys and values as two planes of one tensor, blocks apart."""
+    k, v, tables, lens = batch([9, 30], 2, 16, torch.float32)
+    both = torch.stack([k, v], dim=1)
+    q = torch.randn(2, 4, 16)
+    for choice in ("torch", "triton"):
+        with force(choice):  # type: ignore[arg-type]
+            apart = decode(q, k, v, tables, lens, scale=0.25)
+            together = decode(q, both[:, 0], both[:, 1], tables, lens, scale=0.25)
+        torch.testing.assert_close(apart, together, rtol=0, atol=1e-6)
+
+
+def test_the_definition_gathers_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    lens_list = [5, 300, 17, 120, 0, 60] * 7
+    k, v, tables, lens = batch(lens_list, 1, 8, torch.float32)
+    q = torch.randn(len(lens_list), 2, 8)
+    monkeypatch.setattr(paged_attention, "GATHER_BYTES", 4096)
+    plan = plan_decode(k, tables, lens)
+    assert len(plan.chunks) > 5
+    rows = torch.cat([chunk.rows for chunk in plan.chunks if chunk.rows is not None])
+    assert rows.sort().values.tolist() == list(range(len(lens_list)))
+    expected = attention(q, k, v, tables, lens, [1] * len(lens_list), 0.3)
+    assert relative_error(decode(q, k, v, tables, lens, scale=0.3, plan=plan), expected) < 1e-6
+
+
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+def test_heads_that_do_not_divide_are_refused(choice: Choice) -> None:
+    k, v, tables, lens = batch([3], 2, 8, torch.float32)
+    with force(choice), pytest.raises(ValueError, match="3 query heads are not a multiple of 2"):
+        decode(torch.randn(1, 3, 8), k, v, tables, lens, scale=1.0)
+
+
+def test_what_triton_refuses() -> None:
+    k = torch.empty(1, BLOCK_SIZE, 1, 512)
+    assert decode.supports is not None
+    assert decode.supports(torch.empty(1, 1, 512), k, k) == "head size 512 is over 256"
+    strided = torch.empty(1, BLOCK_SIZE, 8, 2).transpose(2, 3)
+    assert "not contiguous" in str(decode.supports(torch.empty(1, 2, 8), strided, strided))
