@@ -20,7 +20,7 @@ from cluster.driver_client import DriverClient
 from deployments.config import AppConfig
 from deployments.generation import Generation
 from deployments.http.asgi import create_app
-from deployments.serve_calls import is_streaming_call
+from deployments.serve_calls import is_streaming_call, request_id
 from deployments.service import ModelService
 from engine.errors import EngineUnavailable, MantaError, RequestError
 from engine.model_config import ModelConfig, resolve
@@ -40,14 +40,14 @@ class LLMServer:
 
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """Load the model on its ranks. Raises ConfigError, ModelLoadError or EngineUnavailable."""
-        self._model_config = await asyncio.to_thread(ModelConfig.load, config)
-        self.config = resolve(config, self._model_config)
-        context = serve.get_replica_context()
-        self._name = f"{context.app_name}:{context.replica_id.unique_id}"
         self._closing = False
         self._driver: Any = None
         self._client: DriverClient | None = None
         self._restart: asyncio.Task[None] | None = None
+        self._model_config = await asyncio.to_thread(ModelConfig.load, config)
+        self.config = resolve(config, self._model_config)
+        context = serve.get_replica_context()
+        self._name = f"{context.app_name}:{context.replica_id.unique_id}"
         driver = asyncio.ensure_future(self._start_driver())
         tokenizer = await asyncio.to_thread(Tokenizer.load, self.config)
         self.service = ModelService(
@@ -111,8 +111,7 @@ class LLMServer:
             await asyncio.to_thread(stop_driver, self._driver)
 
     async def _begin(self, prompt: Prompt, params: dict[str, Any]) -> Generation:
-        context = serve.context._get_serve_request_context()
-        request_id = f"handle-{context.request_id}" if context.request_id else None
+        name = request_id()
         variables = params.pop("chat_template_kwargs", None)
         text = None
         try:
@@ -129,7 +128,7 @@ class LLMServer:
                 )
         except TypeError as error:  # an unknown keyword, or a prompt of another kind
             raise RequestError(str(error)) from None
-        return self.service.generate(ids, chosen, request_id=request_id, prompt=text)
+        return self.service.generate(ids, chosen, request_id=f"handle-{name}" if name else None, prompt=text)
 
     # The driver's life
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 import sys
 from types import FrameType
 
+from ray.serve.context import _get_serve_request_context
+
+
+def request_id() -> str | None:
+    """Serve's id of the call that runs now; None outside of one."""
+    return _get_serve_request_context().request_id or None
+
 
 def is_streaming_call() -> bool:
     """Whether the handle call that runs now was made with `options(stream=True)`.
