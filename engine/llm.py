@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import random
 import time
 import weakref
@@ -15,7 +16,7 @@ import msgspec
 
 from engine.chat_template import Messages, read_template
 from engine.config import EngineConfig
-from engine.errors import RequestError
+from engine.errors import ExecutorDied, RequestError
 from engine.executor import Executor
 from engine.llm_engine import LLMEngine
 from engine.model_config import ModelConfig, resolve
@@ -25,6 +26,10 @@ from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer, default_sampling, prepare_params, prepare_prompt
 from engine.vllm_arguments import translate
+
+logger = logging.getLogger(__name__)
+
+MAX_RECOVERIES = 3
 
 # More than one rank goes through Ray. Named, not imported: `engine` never imports it.
 _RANKS_EXECUTOR = "cluster.ray_executor:RayExecutor"
@@ -43,6 +48,7 @@ class _Prepared:
 class LLM:
     """A model loaded in this process (one rank) or on Ray (more), generating for whole batches of prompts.
 
+    A rank that dies in `generate` is replaced, MAX_RECOVERIES times a call, and no token is lost or changed.
     Keyword arguments are those of EngineConfig; those of vLLM's `LLM` that mean nothing here are accepted with a
     warning. With `seed`, prompts whose parameters have none draw the same tokens each time the program runs. Not for
     several threads at once. Raises ConfigError for what cannot be served and ModelLoadError for broken weights.
@@ -217,8 +223,17 @@ class LLM:
                 processor.add(request, each.text)
                 engine.add_request(request)
             with _Progress(len(requests), use_tqdm) as progress:
+                failures = 0
                 while len(processor):
-                    processed = processor.process(engine.step())
+                    try:
+                        processed = processor.process(engine.step())
+                    except ExecutorDied as error:
+                        failures += 1
+                        if failures > MAX_RECOVERIES:
+                            raise
+                        logger.warning("recovering from the loss of a rank (%d): %s", failures, error)
+                        engine.recover()
+                        continue
                     for request_id, index in processed.aborts:
                         engine.abort(request_id, index)
                     for result in processed.finished:

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 from engine import LLM, SamplingParams
-from engine.errors import ConfigError, PromptTooLong, RequestError
+from engine.config import EngineConfig
+from engine.errors import ConfigError, ExecutorDied, PromptTooLong, RequestError
+from engine.llm import MAX_RECOVERIES
 from engine.output import RequestOutput
 from engine.vllm_arguments import translate
+from tests.fakes import HashExecutor
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny")
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -284,6 +287,37 @@ def test_arguments_are_vllms(caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(ConfigError) as caught:
             LLM(TINY, **wrong)  # type: ignore[arg-type]
         assert caught.value.key == next(iter(wrong))
+
+
+def test_a_rank_that_dies_costs_no_token(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    prompts, params = [[5, 6, 7], [8, 9]], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    runs = []
+    for fail_at in (frozenset(), frozenset({7, 20})):
+        executors: list[HashExecutor] = []
+
+        def make(config: EngineConfig, _: object, fail_at: frozenset[int] = fail_at) -> HashExecutor:
+            executors.append(HashExecutor(config, fail_at=fail_at))  # noqa: B023
+            return executors[-1]  # noqa: B023
+
+        monkeypatch.setattr("engine.llm._make_executor", make)
+        with LLM(TINY) as llm:
+            runs.append([output.outputs for output in llm.generate(prompts, params, use_tqdm=False)])
+            assert idle(llm) and executors[0].num_restarts == len(fail_at)
+    assert runs[0] == runs[1]
+    assert caplog.text.count("recovering from the loss of a rank") == 2
+
+
+def test_a_rank_that_always_dies_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    executors = []
+
+    def make(config: EngineConfig, _: object) -> HashExecutor:
+        executors.append(HashExecutor(config, fail_at=frozenset(range(1, 100))))
+        return executors[-1]
+
+    monkeypatch.setattr("engine.llm._make_executor", make)
+    with LLM(TINY) as llm, pytest.raises(ExecutorDied, match="injected"):
+        llm.generate([[5, 6]], SamplingParams(temperature=0, ignore_eos=True), use_tqdm=False)
+    assert executors[0].num_restarts == MAX_RECOVERIES
 
 
 def test_one_rank_never_imports_ray() -> None:
