@@ -43,7 +43,10 @@ class Tokenizer:
             raise ConfigError(key, name, f"no tokenizer could be loaded from it: {reason:.500}") from error
         if template is not None:
             chat.check_template(hf, template, str(config.chat_template)[:100])
-        return cls(hf, template)
+        tokenizer = cls(hf, template)
+        tokenizer.decode(tokenizer.encode("ready"))  # what is made on first use is made now, on one thread
+        tokenizer.token_bytes(0)
+        return tokenizer
 
     # Vocabulary
 
@@ -51,6 +54,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest token id it knows; a model's may be larger."""
         return max(self.hf.get_vocab().values(), default=-1) + 1
+
+    @property
+    def template_text(self) -> str | None:
+        """The chat template in use; of several the default one."""
+        template = self.chat_template if self.chat_template is not None else self.hf.chat_template
+        return template.get("default") if isinstance(template, dict) else template
 
     @property
     def eos_token_id(self) -> int | None:

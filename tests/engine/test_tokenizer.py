@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,14 @@ def test_default_sampling(folder: Path) -> None:
         file.write_text(broken)
         with pytest.raises(ConfigError, match="generation_config"):
             default_sampling(config)
+
+
+def test_threads_share_a_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer.load(EngineConfig(model=str(folder)))
+    texts = [TEXT * (1 + i % 50) for i in range(400)]
+    with ThreadPoolExecutor(8) as pool:
+        ids = list(pool.map(tokenizer.encode, texts))
+        assert list(pool.map(tokenizer.decode, ids)) == texts
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
