@@ -20,7 +20,7 @@ from kernels.registry import kernel
 
 # Decode gathers keys and values into padded tensors, of as many sequences at a time as fit in this: one that stays in
 # a core's cache while it is used.
-GATHER_BYTES = 4 << 20
+GATHER_BYTES = 1 << 20
 
 
 def _check_heads(q: Tensor, k_cache: Tensor) -> None:
