@@ -8,6 +8,8 @@ before `gdc_wait`, and always reach it. Weights may be read before.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -28,9 +30,29 @@ def _has_dependent_launch(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0) and torch.version.hip is None
 
 
+class _Switch:
+    """The process-wide choice of dependent_launches()."""
+
+    on = True
+
+
+@contextmanager
+def dependent_launches(on: bool) -> Iterator[None]:
+    """Whether kernels may start early while the context is open.
+
+    It hides the gaps of a step of small kernels. Where kernels fill the GPU it costs: a program that waits early holds
+    its place, and those of the kernel before are no longer spread evenly.
+    """
+    before, _Switch.on = _Switch.on, on
+    try:
+        yield
+    finally:
+        _Switch.on = before
+
+
 def dependent_launch(x: Tensor) -> dict[str, Any]:
     """Launch options for x's device: PDL (the kernel's constexpr) and, where it is on, launch_pdl. MANTA_PDL=0: off."""
-    if _has_dependent_launch(x.device):
+    if _Switch.on and _has_dependent_launch(x.device):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 

@@ -89,18 +89,13 @@ class PeerMemory:
 
     def _share(self, store: Store) -> tuple[Any, list[int]]:
         """Allocate this rank's buffer and map the others'. Returns what keeps it alive, and every rank's address."""
-        from torch._C._distributed_c10d import _SymmetricMemory
+        import torch.distributed._symmetric_memory as symmetric_memory
 
-        group = f"manta-{os.urandom(8).hex()}"
-        if self.rank == 0:
-            store.set("peer_memory/group", group)
-        group = store.get("peer_memory/group").decode()
         num_bytes = FLAG_BYTES + 2 * self.size * PACKET_BYTES + 4 * DATA_BYTES
-        _SymmetricMemory.set_group_info(group, self.rank, self.size, store)
-        buffer = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, self.device, group)
+        buffer = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self.device)
         buffer.zero_()
         torch.cuda.synchronize(self.device)
-        handle = _SymmetricMemory.rendezvous(buffer)
+        handle = symmetric_memory.rendezvous(buffer, _world(store, self.rank, self.size))
         return (buffer, handle), list(handle.buffer_ptrs)
 
     def method(self, num_bytes: int) -> Method:
@@ -183,6 +178,15 @@ class PeerMemory:
         cupy.cuda.Device(self.device.index).use()
         options = ("-std=c++17", *(f"-D{name}={value}" for name, value in values.items()))
         return cupy.RawModule(code=SOURCE, options=options)
+
+
+def _world(store: Store, rank: int, size: int) -> Any:
+    """This process's world of torch.distributed, which symmetric memory looks for; one rank a process."""
+    world: Any = torch.distributed
+    if not world.is_initialized():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this host
+        world.init_process_group("gloo", store=world.PrefixStore("world", store), rank=rank, world_size=size)
+    return world.group.WORLD
 
 
 def _float32(value: float) -> Any:

@@ -21,10 +21,14 @@ from engine.worker.batch import Batch, Int64Array
 from engine.worker.sampling_state import FILTER, RANDOM, Rows, SamplingState
 from engine.worker.transfers import pinned
 from kernels.decode_inputs import DecodeInputs, append_tokens, gather_inputs
+from kernels.launch import dependent_launches
 from kernels.sampling import SamplingTensors, sample
 
 Draw = Literal["greedy", "random", "filtered"]
 T = TypeVar("T")
+
+DEPENDENT_LAUNCH_TOKENS = 32
+"""Steps of more tokens start each kernel after the one before: measured on an H200, see BENCHMARKS.md."""
 
 # Rows of the table that the host sends when the batch changes; all int32, a float's or half a long's bits.
 _ROWS, _POSITIONS, _TEMPERATURE, _TOP_P, _MIN_P, _TOP_K, _SEEDS = range(7)
@@ -188,7 +192,8 @@ class DecodeGraphs:
                 caches=self._caches,
                 cos_sin=self._cos_sin,
             )
-            return self._model.logits(self._model.forward(step))
+            with dependent_launches(size <= DEPENDENT_LAUNCH_TOKENS):
+                return self._model.logits(self._model.forward(step))
 
         self._record_padding()
         if self._device.type == "cpu":

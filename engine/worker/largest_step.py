@@ -11,6 +11,7 @@ from engine.layers.attention import Runs, StepInput
 from engine.layers.rotary import cos_sin_table
 from engine.model_config import ModelConfig
 from engine.models.base import Model
+from kernels.launch import dependent_launches
 from kernels.sampling import SamplingTensors, sample
 
 
@@ -43,7 +44,8 @@ def largest_step(
         caches=[(block, block)] * model_config.num_layers,
         cos_sin=cos_sin_table(model_config.rope, model_config.head_dim, length, device),
     )
-    hidden = model.forward(step)
+    with dependent_launches(False):
+        hidden = model.forward(step)
     rows = config.max_num_seqs
     logits = model.logits(hidden[:rows])
     floats: dict[str, Any] = {"dtype": torch.float32, "device": device}

@@ -15,11 +15,12 @@ from engine.model_config import ModelConfig
 from engine.models.base import Model
 from engine.step import PromptLogprobs, StepMasks, StepPlan, StepResult, pack, unpack
 from engine.worker.batch import Batch, Entries, Int64Array
-from engine.worker.cuda_graphs import DecodeGraphs
+from engine.worker.cuda_graphs import DEPENDENT_LAUNCH_TOKENS, DecodeGraphs
 from engine.worker.kv_cache import KvCache
 from engine.worker.sampler import Sampler, prompt_logprobs, sampled_logprobs
 from engine.worker.sampling_state import PROMPT_LOGPROBS, SamplingState
 from engine.worker.transfers import Download, upload
+from kernels.launch import dependent_launches
 
 PROMPT_LOGITS_BYTES = 256 << 20
 """Logits of prompt tokens are made for as many rows at a time as fit in this."""
@@ -80,7 +81,8 @@ class ModelRunner:
         slots = self.batch.sampled_slots(plan)
         if self._graphs is not None and _all_decode(plan) and not (self._state.flags[slots] & PROMPT_LOGPROBS).any():
             return self._decode(self._graphs, plan, entries, slots, masks)
-        hidden = self._model.forward(self._inputs(entries))
+        with dependent_launches(entries.num_tokens <= DEPENDENT_LAUNCH_TOKENS):
+            hidden = self._model.forward(self._inputs(entries))
         prompts = list(self._prompt_logprobs(plan, entries, hidden))
         self.batch.computed(entries)
         if not plan.sample_seqs:
