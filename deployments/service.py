@@ -48,10 +48,6 @@ class EngineClient(Protocol):
         """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""
         ...
 
-    async def picture(self) -> dict[str, Any]:
-        """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""
-        ...
-
     async def health(self) -> DriverHealth:
         """What the engine knows of itself. Raises EngineUnavailable when it does not answer."""
         ...
@@ -65,6 +61,7 @@ class ModelService:
     ) -> None:
         """config is resolved; vocab_size is the model's; sampling_defaults fill what a request leaves out."""
         self.config = config
+        self.names = config.names
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.sampling_defaults = dict(sampling_defaults)
@@ -119,11 +116,7 @@ class ModelService:
 
     async def picture(self) -> dict[str, Any]:
         """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""
-        return {"model": self.config.names[0], **await self._engine().picture()}
-
-    async def picture(self) -> dict[str, Any]:
-        """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""
-        return {"model": self.config.names[0], **await self._engine().picture()}
+        return {"model": self.name, **await self._engine().picture()}
 
     async def health(self) -> DriverHealth:
         """What the engine knows of itself; "failed" when it does not answer or is gone for good."""
@@ -146,6 +139,11 @@ class ModelService:
     # The transports' side
 
     @property
+    def name(self) -> str:
+        """What the model calls itself in answers."""
+        return self.names[0]
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._generations)
 
@@ -155,7 +153,7 @@ class ModelService:
 
     def serves(self, name: str) -> bool:
         """Whether clients may ask for a model called `name`."""
-        return name in self.config.names
+        return name in self.names
 
     async def encode_chat(
         self,

@@ -38,7 +38,7 @@ async def read(request: Request, kind: type[Body]) -> Body:
 def check_model(service: ModelService, name: str | None) -> None:
     """Raise ModelNotFound unless `name` is served; None is the served model."""
     if name is not None and not service.serves(name):
-        served = ", ".join(service.config.names)
+        served = ", ".join(service.names)
         raise ModelNotFound(
             f"model {name!r:.200} is not served here; served: {served}", param="model", code="model_not_found"
         )

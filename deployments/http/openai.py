@@ -19,7 +19,7 @@ _json = msgspec.json.Encoder()
 async def list_models(request: Request) -> Response:
     """Every name the model is served under."""
     service = service_of(request)
-    return _answer(ModelList([_card(service, name) for name in service.config.names]))
+    return _answer(ModelList([_card(service, name) for name in service.names]))
 
 
 async def get_model(request: Request) -> Response:
@@ -32,7 +32,7 @@ async def get_model(request: Request) -> Response:
 
 def _card(service: ModelService, name: str) -> ModelCard:
     config = service.config
-    return ModelCard(name, int(service.started_s), root=config.names[0], max_model_len=config.model_len)
+    return ModelCard(name, int(service.started_s), root=service.name, max_model_len=config.model_len)
 
 
 def _answer(payload: msgspec.Struct) -> Response:
