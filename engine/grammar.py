@@ -24,8 +24,9 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"
 PARALLEL_FROM = 8
 """So many masks are worth the threads."""
 MAX_GRAMMAR_CHARS = 256 * 1024
-_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{0,16}"}
-"""A bound on the white space between JSON tokens: a model that likes indenting may, none can indent forever."""
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"( |\r?\n[ \t]{0,24})?"}
+"""Between JSON tokens one space, or one line break and its indent: a model that likes indenting may, and no model can
+spend its answer on white space."""
 
 
 class Grammar(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from deployments.generation import Batch
 from deployments.http.context import answer_headers, answer_id, read, service_of
-from deployments.http.errors import NotSupported, openai_json
+from deployments.http.errors import openai_json
 from deployments.http.logprobs import chat_logprobs
 from deployments.http.openai_replies import (
     UNSET,
@@ -23,11 +23,18 @@ from deployments.http.openai_replies import (
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
+    FunctionCall,
+    FunctionDelta,
+    ToolCall,
+    ToolCallPart,
     Usage,
     usage,
 )
 from deployments.http.openai_types import ChatCompletionRequest
 from deployments.http.sse import DONE, event, start_stream, until_disconnect
+from deployments.http.structured import forced_calls, form_of, grammar_of, tools_of
+from deployments.parsing.answer import AnswerDelta, AnswerForm, AnswerParser
+from deployments.parsing.tool_calls import ToolCallDelta
 from deployments.service import ModelService
 from engine.errors import PromptTooLong, RequestError
 from engine.output import Logprobs, OutputDelta
@@ -52,10 +59,11 @@ class _Call:
     """One request on its way: its batch of one, and how its answer looks."""
 
     def __init__(self, service: ModelService, body: ChatCompletionRequest, answer_id: str) -> None:
-        _refuse_unsupported(body)
         self.service, self.body, self.id = service, body, answer_id
         self.created = int(time.time())
+        self.tool_mode, self.functions = tools_of(body)
         self.params = self._params()
+        self.form = AnswerForm()
         self.batch = Batch()
 
     def _params(self) -> SamplingParams:
@@ -66,6 +74,14 @@ class _Call:
             given["logprobs"] = self.body.top_logprobs or 0
         elif self.body.top_logprobs:
             raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
+        given["grammar"] = grammar_of(self.body)
+        if self.tool_mode in ("required", "named"):
+            if given["grammar"] is not None:
+                raise RequestError(
+                    "response_format: not together with tools that must be called", param="response_format"
+                )
+            parallel = self.tool_mode == "required" and self.body.parallel_tool_calls is not False
+            given["grammar"] = forced_calls(self.functions, parallel=parallel)
         return self.service.sampling_params(given, max_tokens=None)
 
     async def start(self) -> None:
@@ -78,8 +94,12 @@ class _Call:
             add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continued,
             chat_template=body.chat_template,
-            variables=body.chat_template_kwargs,
+            tools=body.tools if self.tool_mode != "none" else None,
+            documents=body.documents,
+            variables=self._variables(),
         )
+        tail = self.service.tokenizer.decode_raw(ids[-16:])
+        self.form = form_of(self.service, self.tool_mode, tail, body.chat_template)
         try:
             self.batch = self.service.start_batch(
                 [ids], self.params, request_id=self.id, cache_salt=body.cache_salt or ""
@@ -89,23 +109,24 @@ class _Call:
                 error.param = "messages"
             raise
 
+    def _variables(self) -> dict[str, Any]:
+        effort = self.body.reasoning_effort
+        return {**({} if effort is None else {"reasoning_effort": effort}), **(self.body.chat_template_kwargs or {})}
+
     async def answer(self) -> ChatCompletion:
         async with self.batch as batch:
             (result,) = await batch.results()
         choices = []
         for output in result.outputs:
-            choice = ChatChoice(
-                output.index,
-                ChatMessage(output.text),
-                self._logprobs(output.logprobs),
-                output.finish_reason,
-                output.stop_reason,
-            )
+            parser = AnswerParser(self.form)
+            message = _message(parser.push(output.text, last=True))
+            reason = parser.finish_reason(output.finish_reason)
+            choice = ChatChoice(output.index, message, self._logprobs(output.logprobs), reason, output.stop_reason)
             if self.body.return_token_ids:
                 choice.token_ids = output.token_ids
             choices.append(choice)
         told = usage(batch.num_prompt_tokens, result.num_completion_tokens, result.num_cached_tokens)
-        answer = ChatCompletion(self.id, self.created, self.service.config.names[0], choices, told)
+        answer = ChatCompletion(self.id, self.created, self.service.name, choices, told)
         if self.body.return_token_ids:
             answer.prompt_token_ids = result.prompt_token_ids
         if self.body.prompt_logprobs is not None:
@@ -117,6 +138,7 @@ class _Call:
         body = self.body
         completion_tokens = 0
         begun = [False] * self.params.n
+        parsers = [AnswerParser(self.form) for _ in begun]
         async with self.batch as batch:
             async for _, deltas in batch.updates():
                 for delta in deltas:
@@ -128,8 +150,9 @@ class _Call:
                         if body.return_token_ids:
                             first.prompt_token_ids = batch.generations[0].request.prompt_token_ids
                         yield event(first)
-                    if delta.text or delta.finish_reason or delta.logprobs or body.return_token_ids:
-                        yield event(self._chunk([self._delta_choice(delta)], told))
+                    choice = self._delta_choice(delta, parsers[delta.index])
+                    if choice is not None:
+                        yield event(self._chunk([choice], told))
             if body.include_usage:
                 result = batch.generations[0].result
                 assert result is not None
@@ -139,12 +162,17 @@ class _Call:
 
     def _chunk(self, choices: list[ChatChunkChoice], told: Usage | None) -> ChatChunk:
         shown = told if told is not None or self.body.include_usage else UNSET
-        return ChatChunk(self.id, self.created, self.service.config.names[0], choices, usage=shown)
+        return ChatChunk(self.id, self.created, self.service.name, choices, usage=shown)
 
-    def _delta_choice(self, delta: OutputDelta) -> ChatChunkChoice:
-        choice = ChatChunkChoice(
-            delta.index, ChatDelta(content=delta.text or None), self._logprobs(delta.logprobs), delta.finish_reason
-        )
+    def _delta_choice(self, delta: OutputDelta, parser: AnswerParser) -> ChatChunkChoice | None:
+        """What a client is told of a delta; None when there is nothing to tell."""
+        part = parser.push(delta.text, last=delta.finish_reason is not None)
+        calls = [_call_part(call) for call in part.calls]
+        shown = ChatDelta(None, part.content or None, part.reasoning or None, calls or None)
+        reason = parser.finish_reason(delta.finish_reason)
+        if not (part.content or part.reasoning or calls or reason or delta.logprobs or self.body.return_token_ids):
+            return None
+        choice = ChatChunkChoice(delta.index, shown, self._logprobs(delta.logprobs), reason)
         if delta.finish_reason is not None:
             choice.stop_reason = delta.stop_reason
         if self.body.return_token_ids:
@@ -157,10 +185,21 @@ class _Call:
         return chat_logprobs(entries, self.params.logprobs or 0, self.service.tokenizer)
 
 
-def _refuse_unsupported(body: ChatCompletionRequest) -> None:
-    """Refuse what would silently give other answers than asked for."""
-    kind: Any = (body.response_format or {"type": "text"}).get("type")
-    if kind != "text":
-        raise NotSupported(f"response_format: got type {kind!r:.50}, allowed: 'text'", param="response_format")
-    if body.tools and body.tool_choice != "none":
-        raise NotSupported("tools: this server does not call tools", param="tools")
+def _message(whole: AnswerDelta) -> ChatMessage:
+    message = ChatMessage(whole.content)
+    if whole.reasoning:
+        message.reasoning = whole.reasoning
+    if whole.calls:
+        calls: dict[int, ToolCall] = {}
+        for call in whole.calls:
+            if call.id is not None and call.name is not None:
+                calls[call.index] = ToolCall(call.id, FunctionCall(call.name, ""))
+            calls[call.index].function.arguments += call.arguments
+        message.tool_calls = list(calls.values())
+        message.content = whole.content if whole.content.strip() else None
+    return message
+
+
+def _call_part(call: ToolCallDelta) -> ToolCallPart:
+    function = FunctionDelta(call.arguments, call.name)
+    return ToolCallPart(call.index, function, call.id, None if call.id is None else "function")

@@ -17,6 +17,7 @@ from deployments.http.logprobs import completion_logprobs
 from deployments.http.openai_replies import UNSET, Completion, CompletionChoice, CompletionLogprobs, Usage, usage
 from deployments.http.openai_types import CompletionRequest
 from deployments.http.sse import DONE, event, start_stream, until_disconnect
+from deployments.http.structured import grammar_of
 from deployments.service import ModelService
 from engine.errors import RequestError
 from engine.output import OutputDelta, RequestOutput
@@ -61,6 +62,7 @@ class _Call:
             given["logprobs"] = self.body.logprobs
             if self.body.echo:
                 given.setdefault("prompt_logprobs", self.body.logprobs)
+        given["grammar"] = grammar_of(self.body)
         return self.service.sampling_params(given, max_tokens=16)
 
     async def start(self) -> None:
@@ -105,7 +107,7 @@ class _Call:
 
     def _completion(self, choices: list[CompletionChoice], told: Usage | None) -> Completion:
         shown = told if told is not None or self.body.include_usage else UNSET
-        return Completion(self.id, self.created, self.service.config.names[0], choices, usage=shown)
+        return Completion(self.id, self.created, self.service.name, choices, usage=shown)
 
     def _delta_choice(self, index: int, delta: OutputDelta, offset: int) -> CompletionChoice:
         text, token_ids, logprobs = delta.text, delta.token_ids, delta.logprobs

@@ -29,6 +29,14 @@ class GenerationRequest(BaseModel):
     cache_salt: str | None = None
     return_token_ids: bool | None = None
 
+    # What the answer must match: OpenAI's way, and vLLM's two.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
     # SamplingParams by the same names; None leaves the default.
     n: int | None = None
     best_of: int | None = None
@@ -118,7 +126,6 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -126,3 +133,6 @@ class ChatCompletionRequest(GenerationRequest):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    """Reaches the chat template by this name; templates that do not know it pass it over."""
