@@ -293,6 +293,36 @@ def test_leaving_frees_blocks(served: Served) -> None:
     assert stats["free_blocks"] == stats["num_blocks"]
 
 
+def test_a_killed_driver(served: Served) -> None:
+    """In the middle of a stream: another driver goes on, and the text is what it would have been."""
+    body = {"prompt": "Count:", "temperature": 1.0, "seed": 5, "ignore_eos": True, "max_tokens": 300, "stream": True}
+
+    def text(kill_after: int | None) -> str:
+        pieces = []
+        with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=120) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    pieces.append(yaml.safe_load(line[6:])["choices"][0]["text"])
+                if len(pieces) == kill_after:
+                    kill_after = None
+                    for process in drivers():
+                        process.kill()
+                if line == "data: [DONE]":
+                    return "".join(pieces)
+        raise AssertionError(f"the stream ended after {len(pieces)} events")
+
+    def drivers() -> list[psutil.Process]:
+        family = psutil.Process(served.process.pid).children(recursive=True)
+        return [p for p in family if ":driver" in " ".join(p.cmdline()) or "MantaDriver" in " ".join(p.cmdline())]
+
+    before = drivers()
+    assert len(before) == 1
+    undisturbed = text(None)
+    assert text(40) == undisturbed
+    assert drivers() != before
+    served.wait_idle()
+
+
 def test_64_streams(served: Served) -> None:
     """A short form of `python -m scripts.soak --minutes 1`."""
     command = [sys.executable, "-m", "scripts.soak", "--url", served.url, "--streams", "64", "--minutes", "0.15"]
