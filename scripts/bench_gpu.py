@@ -27,6 +27,7 @@ from engine.config import EngineConfig
 from engine.model_config import ModelConfig, resolve
 from engine.request import Request, SequenceOutput
 from engine.sampling_params import SamplingParams
+from engine.worker.tracing import kernel_times
 from scripts import workload
 from scripts.model_shapes import SHAPES, model_folder
 
@@ -95,7 +96,10 @@ CASES: dict[str, Case] = {
     "chat-sampled": Case("tokens/s", lambda v: workload.chat(1000, v), _output_rate, SAMPLED),
     "chat500-greedy": Case("tokens/s", lambda v: workload.chat(500, v), _output_rate),
     "prefill-32x4096": Case("prompt tokens/s", lambda v: workload.fixed(32, v, 4096, 1), _prompt_rate),
-    # Small ones, for dry runs.
+    # Small ones, for dry runs and traces.
+    "decode-256-short": Case(
+        "ms/step", lambda v: workload.fixed(256, v, 64, 90), lambda _, t: t.step_ms(256), {}, True
+    ),
     "decode-8": Case("ms/step", lambda v: workload.fixed(8, v, 32, 33), lambda _, t: t.step_ms(8), {}, True),
     "chat20-greedy": Case("tokens/s", lambda v: workload.chat(20, v, hi=64), _output_rate),
     "chat20-sampled": Case("tokens/s", lambda v: workload.chat(20, v, hi=64), _output_rate, SAMPLED),
@@ -317,18 +321,8 @@ def profile(run: Run, requests: list[Request], first_step: int, num_steps: int, 
             traced.stop()
 
     run(requests, at_step)
-    kernels = sorted(
-        (event.time_range.start, event.time_range.end, event.name)
-        for event in traced.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    )
-    busy, reached, totals = 0.0, kernels[0][0], dict[str, float]()
-    for start, stop, kernel in kernels:
-        busy += max(0.0, stop - max(start, reached))
-        reached = max(reached, stop)
-        totals[kernel] = totals.get(kernel, 0.0) + stop - start
-    share = busy / (reached - kernels[0][0])
-    top = sorted(totals.items(), key=lambda item: -item[1])[:22]
+    share, totals = kernel_times(traced)
+    top = list(totals.items())[:22]
     for kernel, total_us in top:
         print(f"    {total_us / num_steps / 1e3:8.3f} ms/step  {kernel[:100]}", flush=True)
     shares = [(kernel[:60], round(total_us / num_steps / 1e3, 4)) for kernel, total_us in top]

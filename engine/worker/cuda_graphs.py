@@ -27,8 +27,8 @@ from kernels.sampling import SamplingTensors, sample
 Draw = Literal["greedy", "random", "filtered"]
 T = TypeVar("T")
 
-DEPENDENT_LAUNCH_TOKENS = 32
-"""Steps of more tokens start each kernel after the one before: measured on an H200, see BENCHMARKS.md."""
+DEPENDENT_LAUNCH_TOKENS = 1024
+"""Steps of more tokens start each kernel after the one before; there is little between large kernels to hide."""
 
 # Rows of the table that the host sends when the batch changes; all int32, a float's or half a long's bits.
 _ROWS, _POSITIONS, _TEMPERATURE, _TOP_P, _MIN_P, _TOP_K, _SEEDS = range(7)

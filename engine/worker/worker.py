@@ -20,6 +20,7 @@ from engine.worker.backend import PendingStep, make_backend
 from engine.worker.kv_cache import KvCache, plan_capacity
 from engine.worker.largest_step import largest_step
 from engine.worker.model_runner import ModelRunner
+from engine.worker.tracing import make_tracer
 
 
 class Worker:
@@ -32,6 +33,7 @@ class Worker:
         self._backend = make_backend(config)
         self._model: Model | None = None
         self._runner: ModelRunner | None = None
+        self._tracer = make_tracer(rank) if config.device == "cuda" else None
         self._epoch = 0
         self._next_step = 0
 
@@ -78,6 +80,8 @@ class Worker:
                 ranks=(self.rank,),
             )
         self._next_step += 1
+        if self._tracer is not None:
+            self._tracer.before(plan)
         timer = self._backend.timer()
         finish = self._runner.run(plan, masks)
         return timer.pending(finish if self.rank == 0 else None)
