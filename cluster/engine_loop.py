@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 
 from cluster.messages import Abort, DriverHealth, State, Submit, error_outputs
-from cluster.recovery import RecoveryBudget, RecoveryPolicy
-from engine.errors import EngineUnavailable, ExecutorDied, MantaError, RequestError
+from cluster.recovery import Quarantine, RecoveryBudget, RecoveryPolicy
+from engine.errors import EngineUnavailable, ExecutorDied, MantaError, RequestError, RequestFailed
 from engine.executor import Executor
 from engine.llm_engine import LLMEngine
-from engine.request import SequenceOutput
-from engine.step import StepResult
+from engine.request import Request, SequenceOutput
+from engine.step import StepResult, pack, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,23 @@ Message = Submit | Abort | ClientGone | Call
 
 
 class _Live(msgspec.Struct):
-    """Who waits for a request, and for which of its samples."""
+    """Who waits for a request, for which of its samples, and what they have had."""
 
     client: Any
+    request: Request
     unfinished: set[int]
+    tokens: list[list[int]]
+    """Output tokens of every sample."""
+
+    @classmethod
+    def of(cls, client: Any, request: Request) -> _Live:
+        indices = range(request.params.num_sequences)
+        tokens = [unpack(request.resume[i]).tolist() if i < len(request.resume) else [] for i in indices]
+        return cls(client, request, set(indices), tokens)
+
+    def resumed(self) -> Request:
+        """The request as it stands now."""
+        return msgspec.structs.replace(self.request, resume=tuple(map(pack, self.tokens)))
 
 
 class EngineLoop:
@@ -67,7 +80,9 @@ class EngineLoop:
         policy: RecoveryPolicy | None = None,
     ) -> None:
         self._engine, self._executor, self._emit = engine, executor, emit
-        self._budget = RecoveryBudget(policy or RecoveryPolicy())
+        policy = policy or RecoveryPolicy()
+        self._budget = RecoveryBudget(policy)
+        self._quarantine = Quarantine(policy.max_recoveries)
         self._inbox: deque[tuple[Any, Message]] = deque()
         self._wake = threading.Condition()
         self._awake = False
@@ -143,6 +158,7 @@ class EngineLoop:
         if self._state == "failed":
             self._wait(IDLE_CHECK_S)
             return
+        self._release_parked()
         while self._engine.begin_step():
             pass
         future = self._engine.next_future()
@@ -217,7 +233,7 @@ class EngineLoop:
             request.num_prompt_tokens,
             num_samples,
         )
-        self._live[request.request_id] = _Live(client, set(range(num_samples)))
+        self._live[request.request_id] = _Live.of(client, request)
 
     def _abort(self, request_id: str, index: int | None, live: _Live) -> None:
         if index is not None and index not in live.unfinished:
@@ -225,8 +241,12 @@ class EngineLoop:
         self._engine.abort(request_id, index)
         live.unfinished.discard(index if index is not None else -1)
         if index is None or not live.unfinished:
-            del self._live[request_id]
+            self._forget(request_id)
             logger.info("request %s aborted", request_id)
+
+    def _forget(self, request_id: str) -> None:
+        del self._live[request_id]
+        self._quarantine.progressed(request_id)
 
     def _hand_out(self, outputs: list[SequenceOutput]) -> None:
         by_client: dict[Any, list[SequenceOutput]] = {}
@@ -235,16 +255,18 @@ class EngineLoop:
             if live is None or output.index not in live.unfinished:
                 continue
             by_client.setdefault(live.client, []).append(output)
+            live.tokens[output.index] += output.token_ids
+            self._quarantine.progressed(output.request_id)
             if output.finish_reason is not None:
                 live.unfinished.discard(output.index)
                 if not live.unfinished:
-                    del self._live[output.request_id]
+                    self._forget(output.request_id)
                     logger.info("request %s finished: %s", output.request_id, output.finish_reason)
         for client, mine in by_client.items():
             self._emit(client, mine)
 
     def _recover(self, error: ExecutorDied) -> None:
-        policy = self._budget.policy
+        policy, suspects = self._budget.policy, self._engine.in_flight_requests()
         self._state, self._reason = "recovering", str(error)
         logger.error("the executor failed: %s; %d requests will be resumed", error, len(self._live))
         if not self._budget.spend():
@@ -257,14 +279,37 @@ class EngineLoop:
                 return
             try:
                 self._engine.recover()
+            except EngineUnavailable as failure:
+                last = failure
+                break
             except Exception as failure:
                 last = failure
                 logger.error("recovery attempt %d of %d failed: %s", attempt + 1, policy.max_attempts, failure)
                 continue
             self._state, self._reason = "ready", ""
             logger.warning("recovered in %.2f s", time.monotonic() - began_s)
+            self._judge(suspects & self._live.keys(), error)
             return
-        self._give_up(f"the engine could not be brought back in {policy.max_attempts} attempts: {last}")
+        self._give_up(f"the engine could not be brought back: {last}")
+
+    def _judge(self, suspects: set[str], error: ExecutorDied) -> None:
+        """Fail a request that kills the ranks each time; hold back others while that is being found out."""
+        culprit, parked = self._quarantine.blame(suspects)
+        if culprit is not None:
+            times = self._budget.policy.max_recoveries
+            said = f"the engine failed {times} times while it ran this request; the last time: {error}"
+            logger.error("request %s is given up: %s", culprit, said)
+            self._fail({culprit: self._live[culprit]}, RequestFailed(said))
+        for request_id in parked:
+            self._engine.abort(request_id)
+
+    def _release_parked(self) -> None:
+        while (request_id := self._quarantine.release()) is not None:
+            live = self._live.get(request_id)
+            if live is not None:
+                self._engine.add_request(live.resumed())
+                for index in set(range(len(live.tokens))) - live.unfinished:
+                    self._engine.abort(request_id, index)
 
     def _pause(self, seconds: float) -> bool:
         """Wait; True when the loop should end instead."""
@@ -280,16 +325,18 @@ class EngineLoop:
         self._fail_all(EngineUnavailable(reason))
 
     def _fail_all(self, error: MantaError) -> None:
+        self._fail(dict(self._live), error)
+
+    def _fail(self, requests: dict[str, _Live], error: MantaError) -> None:
         by_client: dict[Any, list[SequenceOutput]] = {}
-        for request_id, live in self._live.items():
-            outputs = error_outputs(request_id, 1 + max(live.unfinished, default=0), error)
+        for request_id, live in requests.items():
+            outputs = error_outputs(request_id, len(live.tokens), error)
             by_client.setdefault(live.client, []).extend(o for o in outputs if o.index in live.unfinished)
-        for request_id in list(self._live):
+            self._forget(request_id)
             try:
                 self._engine.abort(request_id)
             except Exception:
                 logger.exception("request %s could not be aborted", request_id)
-        self._live.clear()
         for client, outputs in by_client.items():
             self._emit(client, outputs)
 

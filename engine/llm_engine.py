@@ -156,6 +156,12 @@ class LLMEngine:
         """What the next finish_step waits for."""
         return self._in_flight[0][1] if self._in_flight else None
 
+    def in_flight_requests(self) -> set[str]:
+        """Requests that are part of the step that finish_step would read next."""
+        scheduled = self._in_flight[0][0] if self._in_flight else None
+        seq_ids = set(unpack(scheduled.plan.seq_ids).tolist()) if scheduled is not None else set()
+        return {s.request_id for g in self._groups.values() for s in g.sequences.values() if s.seq_id in seq_ids}
+
     def begin_step(self) -> bool:
         """Schedule and submit a step. False when enough are in flight or there is nothing to compute.
 

@@ -13,9 +13,10 @@ from cluster.engine_loop import Call
 from cluster.framing import Connection, Ticket, dial
 from cluster.messages import Submit, Welcome, decode_for_client, encode, error_of
 from cluster.recovery import RecoveryPolicy
-from engine.errors import EngineUnavailable, ExecutorDied, PromptTooLong, RequestError
+from engine.errors import EngineUnavailable, ExecutorDied, PromptTooLong, RequestError, RequestFailed
 from engine.request import Request
 from engine.sampling_params import SamplingParams
+from engine.step import unpack
 from tests.fakes import EOS, VOCAB_SIZE, HashExecutor, engine_config, expected_tokens
 
 QUICK = RecoveryPolicy(max_attempts=3, backoff_s=0.01)
@@ -347,12 +348,56 @@ def test_too_many_failures_in_a_while_end_it(make_driver):
     async def main():
         config = engine_config()
         executor = HashExecutor(config, fail_at=frozenset(range(1, 100)))
-        policy = RecoveryPolicy(max_failures=4, window_s=60)
+        policy = RecoveryPolicy(max_failures=4, window_s=60, max_recoveries=100)
         client, collector = await join(make_driver(executor, config=config, policy=policy))
         client.submit(make_request("r", ignore_eos=True))
         await collector.until(lambda: collector.ends)
         assert "5 failures in 60 s" in str(collector.errors["r", 0])
         assert executor.num_restarts == 4
+        await client.close()
+
+    asyncio.run(main())
+
+
+class PoisonedRanks(HashExecutor):
+    """Die of every step with a sequence of a request whose name begins with "poison"."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.names, self.num_deaths = {}, 0
+
+    def submit(self, plan):
+        self.names |= {new.seq_id: new.request_id for new in plan.new}
+        scheduled = {self.names[seq_id] for seq_id in unpack(plan.seq_ids).tolist()}
+        if any(name.startswith("poison") for name in scheduled) and not self._dead:
+            self.num_deaths += 1
+            self._dead = True
+        return super().submit(plan)
+
+
+def test_a_request_that_kills_the_ranks_each_time_is_failed_alone(make_driver):
+    async def main():
+        config = engine_config(max_num_seqs=32)
+        executor = PoisonedRanks(config)
+        policy = RecoveryPolicy(max_recoveries=3, backoff_s=0.01)
+        client, collector = await join(make_driver(executor, config=config, policy=policy))
+        requests = [make_request(f"r{i}", 3 + i, seed=i, n=1 + i % 2, ignore_eos=True) for i in range(8)]
+        for request in requests[:4]:
+            client.submit(request)
+        await collector.until(lambda: len(collector.tokens) == 6)
+        client.submit(make_request("poison", n=2))
+        for request in requests[4:]:
+            client.submit(request)
+        await collector.until(lambda: len(collector.ends) == 14)
+        assert_expected(collector, requests)
+        assert executor.num_deaths == 3
+        error = collector.errors["poison", 1]
+        assert type(error) is RequestFailed
+        assert error.http_status == 500
+        assert "failed 3 times while it ran this request" in str(error)
+        assert set(collector.errors) == {("poison", 0), ("poison", 1)}
+        assert (await client.health()).ready
+        await assert_no_blocks_used(client)
         await client.close()
 
     asyncio.run(main())
