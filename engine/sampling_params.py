@@ -32,6 +32,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    """Applied before top_k and top_p; 1 is off."""
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -95,6 +97,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise _wrong(field, value, what)
         if not 0 < self.top_p <= 1:
             raise _wrong("top_p", self.top_p, "above 0, at most 1")
+        if not 0 < self.typical_p <= 1:
+            raise _wrong("typical_p", self.typical_p, "above 0, at most 1")
         if self.repetition_penalty <= 0:
             raise _wrong("repetition_penalty", self.repetition_penalty, "above 0")
         if self.best_of is not None and self.best_of < self.n:
@@ -141,7 +145,7 @@ _FLAGS = (
     "spaces_between_special_tokens",
     "detokenize",
 )
-_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTEGERS = {
     "n": False,
     "best_of": True,

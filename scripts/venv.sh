@@ -31,5 +31,9 @@ ensure_venv() {
         more=("triton==3.9.0")
     fi
     .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".$extras" "${more[@]}" >&2
+    if [ "$extras" = "[dev]" ]; then
+        # The client of Text Generation Inference asks for an older huggingface-hub than transformers does; it runs with ours.
+        .venv/bin/python -m pip install --disable-pip-version-check --no-deps "text-generation==0.7.0" >&2
+    fi
     echo "$wanted" >"$stamp"
 }

@@ -17,6 +17,8 @@ logger = logging.getLogger("ray.serve")
 
 MAX_REQUEST_ID_CHARS = 128
 IGNORED_HEADER = "x-manta-ignored-fields"
+STAND_INS = ("tgi", "dummy")
+"""What clients of Text Generation Inference call the one model of a server."""
 Body = TypeVar("Body", bound=GenerationRequest)
 _told: set[str] = set()
 
@@ -36,8 +38,8 @@ async def read(request: Request, kind: type[Body]) -> Body:
 
 
 def check_model(service: ModelService, name: str | None) -> None:
-    """Raise ModelNotFound unless `name` is served; None is the served model."""
-    if name is not None and not service.serves(name):
+    """Raise ModelNotFound unless `name` is served; None is the served model, and so are TGI's clients' stand-ins."""
+    if name is not None and name not in STAND_INS and not service.serves(name):
         served = ", ".join(service.names)
         raise ModelNotFound(
             f"model {name!r:.200} is not served here; served: {served}", param="model", code="model_not_found"

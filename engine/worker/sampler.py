@@ -13,7 +13,8 @@ from engine.step import PromptLogprobs, SampledLogprobs, pack
 from engine.worker.batch import Batch, Int64Array
 from engine.worker.sampling_state import Rows, SamplingState
 from engine.worker.transfers import Download, upload
-from kernels.sampling import count_tokens, gather_logprobs, sample
+from engine.worker.typical import keep_typical
+from kernels.sampling import adjust_logits, count_tokens, gather_logprobs, sample
 
 
 class Sampler:
@@ -35,7 +36,13 @@ class Sampler:
         tensors = dataclasses.replace(rows.tensors, positions=positions, bias=self._state.bias(rows, positions))
         if allowed is not None:
             tensors.allowed = allowed if tensors.allowed is None else allowed & tensors.allowed
-        token_ids: Tensor = sample(logits, tensors)
+        if rows.typical_p is not None:
+            # Over the logits as adjusted; what is adjusted here is not adjusted again.
+            logits = keep_typical(adjust_logits(logits, tensors).float(), tensors.temperature, rows.typical_p)
+            plain = dataclasses.replace(tensors, bias=None, penalties=None, allowed=None)
+            token_ids: Tensor = sample(logits, plain)
+        else:
+            token_ids = sample(logits, tensors)
         if tensors.penalties is not None:
             count_tokens(token_ids, tensors.penalties.rows, tensors.penalties.output_counts)
         return token_ids, rows

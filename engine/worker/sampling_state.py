@@ -18,8 +18,8 @@ from engine.worker.batch import Batch, Float32Array, Int64Array
 from engine.worker.transfers import Numbers, upload
 from kernels.sampling import LogitBias, Penalties, SamplingTensors, pack_bitmask
 
-RANDOM, FILTER, PENALTY, BIAS, ALLOWED, MIN_TOKENS, BAD_WORDS, LOGPROBS, PROMPT_LOGPROBS = (
-    1 << bit for bit in range(9)
+RANDOM, FILTER, PENALTY, BIAS, ALLOWED, MIN_TOKENS, BAD_WORDS, LOGPROBS, PROMPT_LOGPROBS, TYPICAL = (
+    1 << bit for bit in range(10)
 )
 
 
@@ -34,6 +34,8 @@ class Rows:
     """Positions are set anew each step."""
     min_tokens: _Conditional | None
     bad_words: _BadWords | None
+    typical_p: Tensor | None
+    """[B] float32; None: off in every row."""
     logprob_rows: Int64Array
     logprob_counts: list[int]
     """Of each logprob row: how many likeliest tokens it wants."""
@@ -176,6 +178,7 @@ class SamplingState:
             tensors=tensors,
             min_tokens=self._min_tokens(slots, flags) if union & MIN_TOKENS else None,
             bad_words=self._bad_words(slots, flags) if union & BAD_WORDS else None,
+            typical_p=self._tensor(self._floats["typical_p"][slots]) if union & TYPICAL else None,
             logprob_rows=logprob_rows,
             logprob_counts=[self.params[slot].logprobs or 0 for slot in slots[logprob_rows].tolist()],
         )
@@ -254,7 +257,7 @@ class SamplingState:
         return upload(array, self._device)
 
 
-_FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_FLOATS = ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 def _flags(params: SamplingParams) -> int:
@@ -269,5 +272,6 @@ def _flags(params: SamplingParams) -> int:
         BAD_WORDS: bool(params.bad_words_token_ids),
         LOGPROBS: params.needs_logprobs,
         PROMPT_LOGPROBS: params.prompt_logprobs is not None,
+        TYPICAL: params.typical_p < 1 and params.temperature > 0,
     }
     return sum(flag for flag, on in asked.items() if on)

@@ -1,0 +1,147 @@
+"""Text Generation Inference's surface through its own clients, unchanged, and its errors."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from huggingface_hub import InferenceClient
+from text_generation import Client
+from text_generation.errors import ValidationError as TgiValidationError
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return Client(server.url)
+
+
+def test_the_example_of_its_readme(client):
+    answer = client.generate("Funniest joke ever:", max_new_tokens=17, temperature=0.95)
+    assert answer.details.generated_tokens <= 17
+    assert answer.details.finish_reason.value in ("length", "eos_token")
+    assert "".join(t.text for t in answer.details.tokens if not t.special) == answer.generated_text
+    assert answer.details.seed is not None
+
+
+def test_greedy_is_the_default_and_repeats(client):
+    first = client.generate("Count from 1 to 9.", max_new_tokens=12)
+    again = client.generate("Count from 1 to 9.", max_new_tokens=12)
+    assert first.generated_text == again.generated_text
+    assert first.details.seed is None
+
+
+def test_stream_adds_up(client):
+    whole = client.generate("Count from 1 to 9.", max_new_tokens=12, top_n_tokens=3)
+    events = list(client.generate_stream("Count from 1 to 9.", max_new_tokens=12, top_n_tokens=3))
+    assert "".join(e.token.text for e in events if not e.token.special) == whole.generated_text
+    assert events[-1].generated_text == whole.generated_text
+    assert events[-1].details.generated_tokens == whole.details.generated_tokens == len(events)
+    assert [e.token.id for e in events] == [t.id for t in whole.details.tokens]
+    assert all(len(e.top_tokens) == 3 and e.top_tokens[0].id == e.token.id for e in events)
+    assert all(e.generated_text is None for e in events[:-1])
+
+
+def test_parameters(client):
+    answer = client.generate(
+        "Say hello", max_new_tokens=20, do_sample=True, seed=7, top_k=20, top_p=0.9, typical_p=0.9, temperature=0.7,
+        repetition_penalty=1.1, frequency_penalty=0.2, truncate=2, return_full_text=True, decoder_input_details=True,
+        stop_sequences=["e"],
+    )  # fmt: skip
+    assert answer.generated_text.startswith("Say hello")
+    assert len(answer.details.prefill) == 2
+    assert answer.details.prefill[0].logprob is None
+    if answer.details.finish_reason.value == "stop_sequence":
+        assert answer.generated_text.endswith("e")
+    assert answer.details.seed == 7
+
+
+def test_best_of(client):
+    answer = client.generate("Tell me something", max_new_tokens=8, do_sample=True, best_of=3)
+    others = answer.details.best_of_sequences
+    assert len(others) == 2
+    means = [
+        sum(t.logprob for t in s.tokens) / s.generated_tokens for s in [answer.details, *others]
+    ]  # fmt: skip
+    assert means[0] == max(means)
+
+
+def test_grammar(server):
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 99}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    body = {"inputs": "JSON:", "parameters": {"max_new_tokens": 40, "grammar": {"type": "json", "value": schema}}}
+    text = httpx.post(f"{server.url}/generate", json=body, timeout=60).json()["generated_text"]
+    assert set(json.loads(text)) == {"a"}
+    body["parameters"]["grammar"] = {"type": "regex", "value": "[a-c]{4}"}
+    assert len(httpx.post(f"{server.url}/generate", json=body, timeout=60).json()["generated_text"]) == 4
+
+
+def test_huggingface_hub_client(server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the server is on this machine
+    hub = InferenceClient(server.url)
+    text = hub.text_generation("Count from 1 to 9.", max_new_tokens=12)
+    assert text == Client(server.url).generate("Count from 1 to 9.", max_new_tokens=12).generated_text
+    detailed = hub.text_generation("Count from 1 to 9.", max_new_tokens=12, details=True)
+    assert detailed.details.generated_tokens == len(detailed.details.tokens)
+    assert "".join(hub.text_generation("Count from 1 to 9.", max_new_tokens=12, stream=True)).startswith(text[:10])
+    chat = hub.chat_completion([{"role": "user", "content": "What is 47 + 38?"}], max_tokens=20, temperature=0)
+    assert "85" in chat.choices[0].message.content
+    pieces = hub.chat_completion(
+        [{"role": "user", "content": "What is 47 + 38?"}], max_tokens=20, temperature=0, stream=True
+    )
+    assert "85" in "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
+
+
+def test_headers_and_info(server):
+    answer = httpx.post(f"{server.url}/generate", json={"inputs": "Hi", "parameters": {"max_new_tokens": 3}})
+    assert int(answer.headers["x-generated-tokens"]) <= 3
+    assert int(answer.headers["x-prompt-tokens"]) >= 1
+    assert {"x-total-time", "x-queue-time", "x-inference-time", "x-time-per-token", "x-compute-type"} <= set(
+        answer.headers
+    )
+    info = httpx.get(f"{server.url}/info").json()
+    assert info["model_id"] == "tiny"
+    assert info["max_total_tokens"] == 256
+
+
+def test_root_answers_a_list_or_a_stream(server):
+    body = {"inputs": "Hi", "parameters": {"max_new_tokens": 3}}
+    assert isinstance(httpx.post(server.url, json=body).json(), list)
+    streamed = httpx.post(server.url, json={**body, "stream": True})
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"temperature": 0}, "`temperature` must be strictly positive"),
+        ({"top_p": 1.5}, "`top_p`"),
+        ({"typical_p": 0}, "`typical_p`"),
+        ({"top_k": -1}, "`top_k`"),
+        ({"max_new_tokens": 0}, "`max_new_tokens`"),
+        ({"max_new_tokens": 100000}, "context"),
+        ({"best_of": 3}, "`best_of`"),
+        ({"stop": list("abcde")}, "stop sequences"),
+        ({"watermark": True}, "`watermark`"),
+        ({"grammar": {"type": "regex", "value": "(["}}, "unclosed"),
+        ({"top_n_tokens": 9}, "`top_n_tokens`"),
+        ({"max_new_tokens": "many"}, "max_new_tokens"),
+    ],
+)
+def test_validation_errors(server, parameters, said):
+    answer = httpx.post(f"{server.url}/generate", json={"inputs": "Hi", "parameters": parameters})
+    assert answer.status_code == 422
+    assert answer.json()["error_type"] == "validation"
+    assert said in answer.json()["error"]
+
+
+def test_the_client_raises_its_own_error(client):
+    with pytest.raises(TgiValidationError):
+        client.generate("", max_new_tokens=3)
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"parameters": {}}'])
+def test_malformed_bodies(server, body):
+    answer = httpx.post(f"{server.url}/generate", content=body)
+    assert answer.status_code == 422
+    assert answer.json()["error_type"] == "validation"
