@@ -41,7 +41,7 @@ def dispatch(args: argparse.Namespace) -> list[Row]:
     from cluster.measure import measure_dispatch
 
     rows = []
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
     try:
         for (channel, ranks), anchor in tqdm(_DISPATCH_ANCHORS.items(), desc="dispatch", unit="channel"):
             times = measure_dispatch(ranks, "socket" if channel == "socket" else "actor", steps=args.steps)
