@@ -35,7 +35,7 @@ def test_no_other_files(server, path):
 
 
 def test_picture_while_busy_and_idle(server):
-    body = {"prompt": "Count from 1 to 90. " * 6, "max_tokens": 150, "ignore_eos": True, "n": 3, "temperature": 1, "seed": 1}
+    body = {"prompt": "Count from 1 to 90. " * 6, "max_tokens": 150, "ignore_eos": True, "n": 3, "temperature": 1}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60) for _ in range(4)]
         busy = None
