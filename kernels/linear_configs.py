@@ -28,20 +28,10 @@ _FEW = LinearConfig(16, 64, 256, 4, 4, 1, swap=True, prefetch=256)
 # operation -> rows; the first that holds decides.
 TABLE: dict[str, list[Row]] = {
     "linear": [Row(1, ANY, GemvConfig(2, 2048)), Row(16, ANY, _FEW)],
-    "linear_add": [
-        Row(1, 8192, GemvConfig(2, 4096)),
-        Row(1, ANY, GemvConfig(8, 2048, num_warps=8)),
-        Row(16, ANY, _FEW),
-        Row(64, 8192, LinearConfig(64, 32, 128, 4, 4, 2, prefetch=256)),
-        Row(64, ANY, LinearConfig(64, 128, 128, 8, 4, 1, swap=True, prefetch=128)),
-        Row(256, 8192, LinearConfig(128, 64, 128, 8, 4, 1)),
-    ],
-    "norm_linear": [Row(1, ANY, GemvConfig(2, 4096)), Row(16, ANY, _FEW)],
+    "linear_add": [Row(1, ANY, GemvConfig(2, 2048)), Row(16, ANY, _FEW)],
+    "norm_linear": [Row(1, ANY, GemvConfig(4, 4096, num_warps=8)), Row(16, ANY, _FEW)],
     "linear_silu_and_mul": [Row(1, ANY, GemvConfig(2, 4096))],
-    "norm_linear_silu_and_mul": [
-        Row(1, ANY, GemvConfig(2, 4096)),
-        Row(8, ANY, LinearConfig(16, 64, 128, 8, 3, 2, swap=True)),
-    ],
+    "norm_linear_silu_and_mul": [Row(1, ANY, GemvConfig(2, 4096))],
 }
 
 

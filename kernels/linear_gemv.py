@@ -1,8 +1,8 @@
 """Products of one row in Triton: a read of the weights, straight into registers.
 
 A program owns BN columns of the result (BN rows of the weight) and reads them whole: no partial sums, no shared memory,
-so that the next kernel's programs fit beside it and start fetching their own weights: the first tile is loaded, and the
-weights of a later program asked into the L2 cache, before a program waits for the kernel that computes x.
+so that the next kernel's programs fit beside it and start on their own weights: a program loads its first tile before
+it waits for the kernel that computes x.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from kernels.registry import jit, tl
 
 @dataclass(frozen=True)
 class GemvConfig:
-    """How the product is compiled: columns a program, K a tile; how many programs further on to fetch for into L2."""
+    """How the product is compiled: columns a program, K a tile."""
 
     block_n: int
     block_k: int
     num_warps: int = 4
-    prefetch: int = 0
 
     def product(
         self,
@@ -48,20 +47,10 @@ def sum_runs(x, BN: tl.constexpr, BK: tl.constexpr):
 
 
 @jit
-def fetch_rows(w, column, stride_w, N: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr):
-    """Ask for rows `column` of w [N, K], 16-bit elements, in the L2 cache: one request a line of 128 bytes."""
-    k = tl.minimum(tl.arange(0, LINES) * 64, K - 8)[None, :]
-    lines = w + tl.minimum(column, N - 1).to(tl.int64)[:, None] * stride_w + k
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@jit(do_not_specialize=["prefetch"])
 def _gemv_kernel(
-    x, w, norm_weight, bias, residual, out, prefetch, eps, stride_w,
+    x, w, norm_weight, bias, residual, out, eps, stride_w,
     N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
-    ADD: tl.constexpr, BIAS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    ADD: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)[None, :]
@@ -74,11 +63,6 @@ def _gemv_kernel(
     if ACT != "":
         b_up = tl.load(w_up_rows + k, mask=k < K, other=0.0)
     if PDL:
-        later = tl.program_id(0) + prefetch
-        if (prefetch > 0) & (later * BN < N):
-            fetch_rows(w, later * BN + tl.arange(0, BN), stride_w, N, K, LINES)
-            if ACT != "":
-                fetch_rows(w + N * stride_w.to(tl.int64), later * BN + tl.arange(0, BN), stride_w, N, K, LINES)
         tl.extra.cuda.gdc_wait()
     a = tl.load(x + k, mask=k < K, other=0.0)
     acc = tl.zeros([BN, BK // 8], tl.float32)
@@ -126,9 +110,9 @@ def _product(
     block_k = min(config.block_k, next_power_of_2(size))
     _gemv_kernel[(-(-num_columns // config.block_n),)](
         x, weight, x if norm_weight is None else norm_weight, x if bias is None else bias,
-        x if residual is None else residual, out, config.prefetch, eps, weight.stride(0),
+        x if residual is None else residual, out, eps, weight.stride(0),
         N=num_columns, K=size, BN=config.block_n, BK=block_k, ACT=act, NORM=norm_weight is not None,
-        ADD=residual is not None, BIAS=bias is not None, LINES=next_power_of_2(-(-size // 64)),
+        ADD=residual is not None, BIAS=bias is not None,
         num_warps=config.num_warps, **dependent_launch(x),
     )  # fmt: skip
     return out

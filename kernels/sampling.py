@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels import sampling_triton
+from kernels import sampling_draw, sampling_logits
 from kernels.philox import gumbel_noise, gumbel_noise_at
 from kernels.registry import kernel
 
@@ -154,7 +154,7 @@ def sample(logits: Tensor, params: SamplingTensors) -> Tensor:
 
 def _draw(logits: Tensor, params: SamplingTensors, rows: Tensor) -> Tensor:
     """Draw a token from each row of logits [n, V], whose parameters are params' rows `rows`."""
-    x = logits.float() / params.temperature[rows, None]
+    x = logits.float() * (1 / params.temperature[rows, None])
     x -= x.amax(dim=-1, keepdim=True)
     seeds, positions = params.seeds[rows], params.positions[rows]
     filtered = params.any_filter and not (params.top_k is None and params.top_p is None and params.min_p is None)
@@ -245,29 +245,29 @@ def _why_not(logits: Tensor, *_: object, **__: object) -> str | None:
 def _adjust_logits_triton(logits: Tensor, params: SamplingTensors) -> Tensor:
     if params.penalties is None and params.bias is None and params.allowed is None:
         return logits
-    return sampling_triton.adjust(logits, params.penalties, params.bias, params.allowed)
+    return sampling_logits.adjust(logits, params.penalties, params.bias, params.allowed)
 
 
 @apply_penalties.triton(supports=_why_not)
 def _apply_penalties_triton(logits: Tensor, penalties: Penalties) -> None:
-    logits.copy_(sampling_triton.adjust(logits, penalties, None, None))
+    logits.copy_(sampling_logits.adjust(logits, penalties, None, None))
 
 
 @count_tokens.triton()
 def _count_tokens_triton(token_ids: Tensor, rows: Tensor, output_counts: Tensor) -> None:
-    sampling_triton.count_tokens(token_ids, rows, output_counts)
+    sampling_logits.count_tokens(token_ids, rows, output_counts)
 
 
 @sample.triton(supports=_why_not)
 def _sample_triton(logits: Tensor, params: SamplingTensors) -> Tensor:
-    return sampling_triton.sample(_adjust_logits_triton(logits, params), params)
+    return sampling_draw.sample(_adjust_logits_triton(logits, params), params)
 
 
 @gather_logprobs.triton(supports=_why_not)
 def _gather_logprobs_triton(logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return sampling_triton.gather_logprobs(logits, token_ids, top_n)
+    return sampling_logits.gather_logprobs(logits, token_ids, top_n)
 
 
 @local_argmax.triton(supports=_why_not)
 def _local_argmax_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
-    return sampling_triton.local_argmax(logits)
+    return sampling_draw.local_argmax(logits)

@@ -133,7 +133,7 @@ PLAIN: dict[str, list[str]] = {
     "norms, activation": ["rms_norm", "activation"],
     "products": ["linear_stream", "linear_gemv"],
     "everything": [
-        "paged_decode", "kv_cache", "rms_norm", "activation", "linear_stream", "linear_gemv", "sampling_triton",
+        "paged_decode", "kv_cache", "rms_norm", "activation", "linear_stream", "linear_gemv", "sampling_draw",
     ],
 }  # fmt: skip
 
@@ -159,12 +159,11 @@ def measure(step: Step, rows: int, context: int) -> None:
 # (operation, max_size of its row) -> configs to try at one row.
 TRIALS: dict[tuple[str, int], list[GemvConfig]] = {
     (operation, size): [
-        GemvConfig(bn, bk, warps, prefetch)
-        for bn, bk, warps in ((2, 2048, 4), (2, 4096, 4), (8, 2048, 8), (4, 4096, 8))
-        for prefetch in (0, 528, 1056)
+        GemvConfig(bn, bk, warps)
+        for bn, bk, warps in ((2, 2048, 4), (2, 4096, 4), (8, 2048, 8), (4, 4096, 8), (4, 2048, 4), (8, 1024, 4))
         if not ("silu" in operation and bn * bk > 8192)
     ]
-    for operation, size in (("linear_add", 8192), ("linear_add", ANY), ("norm_linear", ANY),
+    for operation, size in (("linear_add", ANY), ("norm_linear", ANY),
                             ("norm_linear_silu_and_mul", ANY))
 }  # fmt: skip
 
