@@ -34,10 +34,10 @@ _PIECES = (
 CHAT_TEMPLATE = (
     "{{- bos_token -}}"
     "{%- for message in messages -%}"
-    "{%- if message.role not in ['system', 'developer', 'user', 'assistant'] -%}"
-    "{{- raise_exception('a message role must be system, developer, user or assistant, not ' ~ message.role) -}}"
+    "{%- if message.role not in ['system', 'developer', 'user', 'assistant', 'tool'] -%}"
+    "{{- raise_exception('a message role must be system, developer, user, assistant or tool, not ' ~ message.role) -}}"
     "{%- endif -%}"
-    "{{- '<|' ~ ('system' if message.role == 'developer' else message.role) ~ '|>' -}}"
+    "{{- '<|' ~ ({'developer': 'system', 'tool': 'user'}[message.role] or message.role) ~ '|>' -}}"
     "{%- if message.content is string -%}"
     "{{- message.content -}}"
     "{%- else -%}"
