@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.sampling_params import SamplingParams
 from tests.checkpoints import FAMILIES, make_checkpoint
@@ -109,3 +110,18 @@ def test_two_ranks_draw_one_ranks_samples(tmp_path: Path) -> None:
         with Ranks(tmp_path, tensor_parallel_size=size) as ranks:
             drawn.append(ranks.generate(PROMPTS, params, num_tokens=NUM_TOKENS))
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_embedded_model_gives_transformers_tokens(size: int) -> None:
+    folder = Path(__file__).parents[3] / "configs" / "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    chats = ["What is 23 + 58?", "Reverse the words: red green blue", "Hello! Who are you?"]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": chat}], add_generation_prompt=True)["input_ids"]
+        for chat in chats
+    ]
+    wanted = [transformers_greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+    with Ranks(folder, max_model_len=128, tensor_parallel_size=size) as ranks:
+        assert ranks.generate(prompts, num_tokens=NUM_TOKENS, chunk=11) == wanted
