@@ -213,15 +213,16 @@ def prefill(
 
     q [T, Hq, D]: sequence b's new tokens are rows [cu_seqlens_q[b], cu_seqlens_q[b + 1]), the last ones of its context;
     k_cache, v_cache [N, block_size, Hkv, D]; block_tables [B, M] int32; context_lens [B] int32, cached plus new tokens;
-    cu_seqlens_q [B + 1] int32 starting at 0; max_seqlen_q: the longest run, at least. sliding_window w > 0: a token
-    attends to the last w tokens up to itself; softcap c > 0: scores become c * tanh(score / c). Rows of q past
-    cu_seqlens_q[B] (padding) give zeros. Returns [T, Hq, D] in q's dtype.
+    cu_seqlens_q [B + 1] int32; max_seqlen_q: the longest run, at least. sliding_window w > 0: a token attends to the
+    last w tokens up to itself; softcap c > 0: scores become c * tanh(score / c). Rows of q before cu_seqlens_q[0] and
+    from cu_seqlens_q[B] on are nobody's and give zeros. Returns [T, Hq, D] in q's dtype.
     Raises ValueError when Hq is not a multiple of Hkv.
     """
     _check_heads(q, k_cache)
     starts: list[int] = cu_seqlens_q.tolist()
     lens: list[int] = context_lens.tolist()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out[: starts[0]] = 0
     out[starts[-1] :] = 0
     single = [b for b in range(len(lens)) if starts[b + 1] - starts[b] == 1]
     if len(single) > 1:

@@ -56,6 +56,9 @@ class StepInput:
     caches: list[tuple[Tensor, Tensor]]
     """Of each layer: keys, values, [num_blocks, block_size, kv heads of this rank, head_dim]."""
     cos_sin: Tensor
+    overlaid: bool = False
+    """Where the decodes end is known on the device only: the chunks' cu_seqlens count from row 0, rows of one kind are
+    nobody's to the other (decodes of no context), and their results are added."""
 
 
 class Attention:
@@ -109,37 +112,42 @@ class Attention:
 
     def _attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInput) -> Tensor:
         """Decodes by the decode kernel, chunks by the prefill kernel; q [T, Hq, D] -> [T, Hq, D]."""
-        outputs: list[Tensor] = []
+        decoded: Tensor | None = None
+        prefilled: Tensor | None = None
         if step.decodes is not None:
             runs = step.decodes
-            outputs.append(
-                paged_attention.decode(
-                    q[: step.num_decodes],
-                    k_cache,
-                    v_cache,
-                    runs.block_tables,
-                    runs.context_lens,
-                    scale=self.scale,
-                    sliding_window=self.sliding_window,
-                    plan=runs.plan(k_cache, self.sliding_window),
-                )
+            decoded = paged_attention.decode(
+                q[: step.num_decodes],
+                k_cache,
+                v_cache,
+                runs.block_tables,
+                runs.context_lens,
+                scale=self.scale,
+                sliding_window=self.sliding_window,
+                plan=runs.plan(k_cache, self.sliding_window),
             )
         if step.prefills is not None:
             runs = step.prefills
-            outputs.append(
-                paged_attention.prefill(
-                    q[step.num_decodes :],
-                    k_cache,
-                    v_cache,
-                    runs.block_tables,
-                    runs.context_lens,
-                    runs.cu_seqlens,
-                    runs.max_seqlen,
-                    scale=self.scale,
-                    sliding_window=self.sliding_window,
-                )
+            prefilled = paged_attention.prefill(
+                q if step.overlaid else q[step.num_decodes :],
+                k_cache,
+                v_cache,
+                runs.block_tables,
+                runs.context_lens,
+                runs.cu_seqlens,
+                runs.max_seqlen,
+                scale=self.scale,
+                sliding_window=self.sliding_window,
             )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if prefilled is None:
+            assert decoded is not None
+            return decoded
+        if decoded is None:
+            return prefilled
+        if step.overlaid:
+            prefilled[: step.num_decodes] += decoded
+            return prefilled
+        return torch.cat([decoded, prefilled])
 
     def weights(self) -> NamedWeights:
         yield from self.qkv.weights()

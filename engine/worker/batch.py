@@ -118,29 +118,33 @@ class Batch:
         np.cumsum(counts, out=offsets[1:])
         return Entries(slots, counts, self.num_computed[slots], offsets, plan.num_decodes)
 
-    def inputs(self, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the step's T tokens: their ids, positions and cache slots, [T] int64 each, on the device."""
+    def places(self, entries: Entries) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Of the step's T tokens, on the host: where in the flat token ids they are, positions and cache slots, [T]."""
         rows, positions = entries.slots, entries.starts
         if entries.num_tokens != len(rows) or entries.num_decodes != len(rows):
             rows = np.repeat(rows, entries.counts)
             positions = np.arange(entries.num_tokens) + np.repeat(positions - entries.offsets[:-1], entries.counts)
         blocks = self._host_tables[rows, positions // self.block_size]
         slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
-        where, on_device, cache_slots = self._to_device(np.stack([rows * self.width + positions, positions, slots]))
-        return self._flat_tokens[where], on_device, cache_slots
+        return rows * self.width + positions, positions, slots
+
+    def inputs(self, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the step's T tokens: their ids, positions and cache slots, [T] int64 each, on the device."""
+        where, positions, slots = self._to_device(np.stack(self.places(entries)))
+        return self._flat_tokens[where], positions, slots
 
     def tables(self, entries: Entries, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Block tables [n, M] int32 and context lengths [n] int32 of entries [first, last), this step included.
 
-        M is as wide as the longest of them needs.
+        M is at least as wide as the longest of them needs.
         """
         slots = entries.slots[first:last]
         lens = entries.starts[first:last] + entries.counts[first:last]
-        used = -(-int(lens.max()) // self.block_size)
         if self.device.type == "cpu":
+            used = -(-int(lens.max()) // self.block_size)
             tables = torch.from_numpy(self._host_tables[slots, :used])
         else:
-            tables = self.block_tables[self._to_device(slots), :used]
+            tables = self.block_tables[self._to_device(slots)]
         return tables, self._to_device(lens.astype(np.int32))
 
     def computed(self, entries: Entries) -> None:

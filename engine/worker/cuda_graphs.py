@@ -7,9 +7,8 @@ On a CPU the same functions run as they are: that is how they are tested.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,18 +17,13 @@ from torch import Tensor
 from engine.layers.attention import Runs, StepInput
 from engine.models.base import Model
 from engine.worker.batch import Batch, Int64Array
+from engine.worker.recorder import Recorder
 from engine.worker.sampling_state import FILTER, RANDOM, Rows, SamplingState
 from engine.worker.transfers import pinned
 from kernels.decode_inputs import DecodeInputs, append_tokens, gather_inputs
-from kernels.launch import dependent_launches
 from kernels.sampling import SamplingTensors, sample
 
 Draw = Literal["greedy", "random", "filtered"]
-T = TypeVar("T")
-
-DEPENDENT_LAUNCH_TOKENS = 1024
-"""Steps of more tokens start each kernel after the one before; there is little between large kernels to hide."""
-
 # Rows of the table that the host sends when the batch changes; all int32, a float's or half a long's bits.
 _ROWS, _POSITIONS, _TEMPERATURE, _TOP_P, _MIN_P, _TOP_K, _SEEDS = range(7)
 _TABLE_ROWS = _SEEDS + 2
@@ -54,6 +48,7 @@ class DecodeGraphs:
         state: SamplingState,
         caches: list[tuple[Tensor, Tensor]],
         cos_sin: Tensor,
+        recorder: Recorder,
     ) -> None:
         self._model, self._batch, self._state = model, batch, state
         self._caches, self._cos_sin = caches, cos_sin
@@ -78,14 +73,12 @@ class DecodeGraphs:
         )
         self._drawn = column(torch.int32)
         self._logits: dict[int, Tensor] = {}
-        self._forwards: dict[int, Callable[[], object]] = {}
-        self._draws: dict[tuple[int, Draw], Callable[[], object]] = {}
-        self._recorder = _Recorder(self._device)
+        self._forwards: dict[int, Callable[[], None]] = {}
+        self._draws: dict[tuple[int, Draw], Callable[[], None]] = {}
+        self._recorder = recorder
 
     def prepare(self) -> None:
         """Record the graphs of every size, greedy and filtered draws."""
-        if self._device.type == "cpu":
-            return
         for size in reversed(self.sizes):  # the largest first: the others fit in its memory
             self._use(size)
             for draw in ("greedy", "filtered"):
@@ -192,18 +185,10 @@ class DecodeGraphs:
                 caches=self._caches,
                 cos_sin=self._cos_sin,
             )
-            with dependent_launches(size <= DEPENDENT_LAUNCH_TOKENS):
-                return self._model.logits(self._model.forward(step))
+            return self._model.logits(self._model.forward(step))
 
         self._record_padding()
-        if self._device.type == "cpu":
-
-            def run() -> None:
-                self._logits[size] = forward()
-
-            self._forwards[size] = run
-        else:
-            self._forwards[size], self._logits[size] = self._recorder.record(forward)
+        self._forwards[size], self._logits[size] = self._recorder.record(forward)
 
     def _draw_of(self, size: int, kind: Draw) -> None:
         """Record how tokens of a batch of `size` rows are drawn."""
@@ -221,48 +206,17 @@ class DecodeGraphs:
             any_filter=filtered,
         )
 
-        def draw() -> None:
+        def draw() -> Tensor:
             token_ids = sample(self._logits[size], params)
             append_tokens(
                 table[_ROWS, :size], table[_POSITIONS, :size], token_ids, self._batch.tokens, self._drawn[:size]
             )
+            return self._drawn[:size]
 
-        if self._device.type == "cpu":
-            self._draws[size, kind] = draw
-        else:
-            self._record_padding()
-            self._draws[size, kind] = self._recorder.record(draw)[0]
+        self._record_padding()
+        self._draws[size, kind] = self._recorder.record(draw)[0]
 
     def _record_padding(self) -> None:
         """Before recording, which runs the step once: all rows are padding, so that nothing is written."""
         self._table[_ROWS] = -1
         self._sent = None
-
-
-class _Recorder:
-    """Records functions over static tensors as CUDA graphs that share one pool of memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def record(self, run: Callable[[], T]) -> tuple[Callable[[], object], T]:
-        """Run it once, so that every kernel is compiled, then record it. Returns (replay, what run returned)."""
-        assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream())
-        collecting = gc.isenabled()
-        with torch.cuda.stream(self._stream):
-            run()
-            graph = torch.cuda.CUDAGraph()
-            gc.disable()  # freeing a tensor of an older graph would end the recording
-            try:
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    result = run()
-                finally:
-                    graph.capture_end()
-            finally:
-                if collecting:
-                    gc.enable()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return graph.replay, result

@@ -15,8 +15,10 @@ from engine.model_config import ModelConfig
 from engine.models.base import Model
 from engine.step import PromptLogprobs, StepMasks, StepPlan, StepResult, pack, unpack
 from engine.worker.batch import Batch, Entries, Int64Array
-from engine.worker.cuda_graphs import DEPENDENT_LAUNCH_TOKENS, DecodeGraphs
+from engine.worker.cuda_graphs import DecodeGraphs
 from engine.worker.kv_cache import KvCache
+from engine.worker.mixed_graphs import DEPENDENT_LAUNCH_TOKENS, MixedGraphs
+from engine.worker.recorder import Recorder
 from engine.worker.sampler import Sampler, prompt_logprobs, sampled_logprobs
 from engine.worker.sampling_state import PROMPT_LOGPROBS, SamplingState
 from engine.worker.transfers import Download, upload
@@ -31,8 +33,8 @@ Finish = Callable[[], StepResult]
 class ModelRunner:
     """Applies plans to the mirror, computes their tokens and draws. Plans come in order.
 
-    On a GPU everything is queued, nothing waited for. With `graphs`, steps of decodes alone take static buffers, and on
-    a GPU replay a CUDA graph.
+    On a GPU everything is queued, nothing waited for. With `graphs`, all but the largest steps take static buffers, and
+    on a GPU replay CUDA graphs.
     """
 
     def __init__(
@@ -54,13 +56,17 @@ class ModelRunner:
         )
         self._sampler = Sampler(self.batch, self._state)
         self._graphs: DecodeGraphs | None = None
+        self._mixed: MixedGraphs | None = None
         if graphs:
-            self._graphs = DecodeGraphs(model, self.batch, self._state, cache.layers, self._cos_sin)
+            recorder, shared = Recorder(device), (cache.layers, self._cos_sin)
+            self._graphs = DecodeGraphs(model, self.batch, self._state, *shared, recorder)
+            self._mixed = MixedGraphs(model, self.batch, config.max_num_batched_tokens, *shared, recorder)
 
     @torch.inference_mode()
     def prepare(self) -> None:
         """Record the CUDA graphs of the usual batch sizes; the others are recorded when they are first needed."""
-        if self._graphs is not None:
+        if self._graphs is not None and self._mixed is not None and self._device.type == "cuda":
+            self._mixed.prepare()  # the larger ones first: the others fit in their memory
             self._graphs.prepare()
 
     def clear(self) -> None:
@@ -81,8 +87,7 @@ class ModelRunner:
         slots = self.batch.sampled_slots(plan)
         if self._graphs is not None and _all_decode(plan) and not (self._state.flags[slots] & PROMPT_LOGPROBS).any():
             return self._decode(self._graphs, plan, entries, slots, masks)
-        with dependent_launches(entries.num_tokens <= DEPENDENT_LAUNCH_TOKENS):
-            hidden = self._model.forward(self._inputs(entries))
+        hidden = self._forward(entries)
         prompts = list(self._prompt_logprobs(plan, entries, hidden))
         self.batch.computed(entries)
         if not plan.sample_seqs:
@@ -95,6 +100,13 @@ class ModelRunner:
         return lambda: StepResult(
             plan.epoch, plan.step, pack(drawn.numpy()), logprobs(), [finish() for finish in prompts]
         )
+
+    def _forward(self, entries: Entries) -> Tensor:
+        """The last hidden state of each of the step's tokens, [T, hidden_size]."""
+        if self._mixed is not None and self._mixed.serves(entries):
+            return self._mixed.forward(entries)
+        with dependent_launches(entries.num_tokens <= DEPENDENT_LAUNCH_TOKENS):
+            return self._model.forward(self._inputs(entries))
 
     def _decode(
         self,

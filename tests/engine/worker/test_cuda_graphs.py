@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from engine.sampling_params import SamplingParams
 from engine.step import StepResult
 from engine.worker.backend import CpuBackend
 from engine.worker.cuda_graphs import graph_sizes
+from engine.worker.mixed_graphs import token_sizes
 from tests.checkpoints import make_checkpoint
 from tests.ranks import GREEDY, Ranks
 
@@ -75,6 +77,14 @@ def test_a_row_that_leaves_and_one_that_comes(pair: tuple[Ranks, Ranks]) -> None
 
     static, plain = pair
     assert run(static) == run(plain)
+
+
+def test_token_sizes_end_at_the_largest_step() -> None:
+    for most in (16, 100, 256, 2048):
+        assert token_sizes(most)[-1] == most
+    assert token_sizes(8192) == token_sizes(2048)
+    sizes = token_sizes(2048)
+    assert all(later - size <= max(16, size // 3) for size, later in pairwise(sizes))
 
 
 def test_few_sizes_that_waste_little() -> None:

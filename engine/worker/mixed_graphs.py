@@ -1,0 +1,133 @@
+"""MixedGraphs: steps with prompt chunks in them, replayed as CUDA graphs over padded numbers of tokens.
+
+How many of a step's rows are decodes and how many are chunks is known on the device only, so that a graph is needed a
+number of tokens and not a pair of numbers: rows from 0 are decodes, rows from cu_seqlens[0] are chunks. All of a step's
+inputs go to the device in one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.layers.attention import Runs, StepInput
+from engine.models.base import Model
+from engine.worker.batch import Batch, Entries, Int64Array
+from engine.worker.recorder import Recorder
+from engine.worker.transfers import pinned
+from kernels.launch import dependent_launches
+
+MAX_TOKENS = 2048
+"""Steps of more tokens keep the GPU busy for longer than their kernels take to launch."""
+MAX_CHUNKS = 16
+DEPENDENT_LAUNCH_TOKENS = 1024
+"""Steps of more tokens start each kernel after the one before; there is little between large kernels to hide."""
+
+
+def token_sizes(max_tokens: int) -> list[int]:
+    """Numbers of tokens that are padded to, none by more than a third from 32 on."""
+    sizes = [16]
+    while sizes[-1] < min(max_tokens, MAX_TOKENS):
+        last = sizes[-1]
+        sizes.append(last + max(16, 1 << (last.bit_length() - 3)))
+    return [size for size in sizes if size < max_tokens] + ([max_tokens] if max_tokens <= MAX_TOKENS else [])
+
+
+class MixedGraphs:
+    """Static buffers for the largest padded step, and a graph a padded number of tokens."""
+
+    def __init__(
+        self,
+        model: Model,
+        batch: Batch,
+        max_batched_tokens: int,
+        caches: list[tuple[Tensor, Tensor]],
+        cos_sin: Tensor,
+        recorder: Recorder,
+    ) -> None:
+        self._model, self._batch, self._caches, self._cos_sin = model, batch, caches, cos_sin
+        self._recorder = recorder
+        self.sizes = token_sizes(max_batched_tokens)
+        self._buffer = torch.zeros(self._layout(self.sizes[-1])[-1], dtype=torch.int32, device=batch.device)
+        self._replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
+
+    def prepare(self) -> None:
+        """Record the graphs of every size."""
+        for size in reversed(self.sizes):
+            self._replay_of(size)
+
+    def serves(self, entries: Entries) -> bool:
+        """Whether `forward` can compute these."""
+        return entries.num_tokens <= self.sizes[-1] and len(entries.slots) - entries.num_decodes <= MAX_CHUNKS
+
+    def forward(self, entries: Entries) -> Tensor:
+        """The last hidden state of each of the step's tokens, [T, hidden_size], overwritten by the next call."""
+        size = next(size for size in self.sizes if size >= entries.num_tokens)
+        replay, hidden = self._replay_of(size)
+        self._send(self._pack(size, entries))
+        replay()
+        return hidden[: entries.num_tokens]
+
+    def _num_decodes(self, size: int) -> int:
+        return min(size, len(self._batch.num_tokens))
+
+    def _layout(self, size: int) -> Int64Array:
+        """Where the parts of a step of `size` tokens begin in the buffer, and where the last ends.
+
+        Tokens' places, positions and cache slots; decodes' slots and context lengths; chunks' slots and context
+        lengths; cu_seqlens.
+        """
+        decodes = self._num_decodes(size)
+        parts = [size, size, size, decodes, decodes, MAX_CHUNKS, MAX_CHUNKS, MAX_CHUNKS + 1]
+        return np.concatenate([[0], np.cumsum(parts)]).astype(np.int64)
+
+    def _pack(self, size: int, entries: Entries) -> np.ndarray:  # type: ignore[type-arg]
+        starts = self._layout(size).tolist()
+        packed = np.zeros(starts[-1], np.int32)
+        parts = [packed[a:b] for a, b in pairwise(starts)]
+        count, decodes, chunks = entries.num_tokens, entries.num_decodes, len(entries.slots) - entries.num_decodes
+        parts[2][:] = -1
+        for part, values in zip(parts, self._batch.places(entries), strict=False):
+            part[:count] = values
+        lens = entries.starts + entries.counts
+        parts[3][:decodes], parts[4][:decodes] = entries.slots[:decodes], lens[:decodes]
+        parts[5][:chunks], parts[6][:chunks] = entries.slots[decodes:], lens[decodes:]
+        parts[7][:] = count
+        parts[7][: chunks + 1] = entries.offsets[decodes:]
+        return packed
+
+    def _send(self, packed: np.ndarray) -> None:  # type: ignore[type-arg]
+        host = torch.from_numpy(packed)
+        on_device = self._buffer[: len(packed)]
+        on_device.copy_(pinned(host) if on_device.is_cuda else host, non_blocking=True)
+
+    def _replay_of(self, size: int) -> tuple[Callable[[], None], Tensor]:
+        if size not in self._replays:
+            nothing = np.zeros(0, np.int64)
+            self._send(self._pack(size, Entries(nothing, nothing, nothing, np.zeros(1, np.int64), 0)))
+            self._replays[size] = self._recorder.record(lambda: self._forward(size))
+        return self._replays[size]
+
+    def _forward(self, size: int) -> Tensor:
+        """Compute what the buffer says."""
+        batch = self._batch
+        starts = self._layout(size).tolist()
+        parts = [self._buffer[a:b] for a, b in pairwise(starts)]
+        where, positions, slots, decode_slots, decode_lens, chunk_slots, chunk_lens, cu_seqlens = parts
+        step = StepInput(
+            token_ids=batch.tokens.view(-1)[where],
+            positions=positions.to(torch.int64),
+            slots=slots.to(torch.int64),
+            num_decodes=self._num_decodes(size),
+            decodes=Runs(batch.block_tables[decode_slots], decode_lens),
+            prefills=Runs(batch.block_tables[chunk_slots], chunk_lens, cu_seqlens, size),
+            caches=self._caches,
+            cos_sin=self._cos_sin,
+            overlaid=True,
+        )
+        with dependent_launches(size <= DEPENDENT_LAUNCH_TOKENS):
+            return self._model.forward(step)
