@@ -272,7 +272,8 @@ def main(arguments: list[str]) -> int:
     except MantaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # set even where a shell started this with SIGINT ignored
+        signal.signal(number, _interrupt)
     folder = Path(tempfile.mkdtemp(prefix="manta-run-"))
     written = folder / Path(path).name
     written.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -290,7 +291,6 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         say("shutting down")
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             application.close()
         head.close()
