@@ -31,7 +31,8 @@ class Sampler:
         """
         rows = self._state.rows(slots)
         if rows.flags == 0 and allowed is None:
-            return torch.argmax(logits, dim=-1), rows
+            largest: Tensor = sample(logits, dataclasses.replace(rows.tensors, positions=rows.tensors.seeds))
+            return largest, rows
         positions = upload(self._batch.num_tokens[slots], logits.device)
         tensors = dataclasses.replace(rows.tensors, positions=positions, bias=self._state.bias(rows, positions))
         if allowed is not None:
