@@ -43,6 +43,16 @@ SERVE_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+_HAPROXY_FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "haproxy.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "haproxy-state",
+}
+_SHORT_TMP = "/tmp" if os.access("/tmp", os.W_OK) else None
+"""HAProxy's socket lies below, behind a node's id of 56 characters; a socket's path has 107 at most."""
+_HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+
 
 class StartFailed(Exception):
     """The application cannot be brought up; the message says why."""
@@ -107,15 +117,6 @@ class Head:
         _end([p for p in psutil.process_iter(["cmdline"]) if str(self._folder) in " ".join(p.info["cmdline"] or ())])
         if self._process.poll() is None:
             self._process.kill()
-
-
-_HAPROXY_FILES = {
-    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
-    "RAY_SERVE_HAPROXY_SOCKET_PATH": "haproxy.sock",
-    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
-    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "haproxy-state",
-}
-_HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
 
 
 class Application:
@@ -274,7 +275,7 @@ def main(arguments: list[str]) -> int:
         return 2
     for number in (signal.SIGINT, signal.SIGTERM):  # set even where a shell started this with SIGINT ignored
         signal.signal(number, _interrupt)
-    folder = Path(tempfile.mkdtemp(prefix="manta-run-"))
+    folder = Path(tempfile.mkdtemp(prefix="manta-", dir=_SHORT_TMP))
     written = folder / Path(path).name
     written.write_text(yaml.safe_dump(content, sort_keys=False))
     head = Head(folder)

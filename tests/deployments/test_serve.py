@@ -80,7 +80,7 @@ def served() -> Iterator[Served]:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    environment |= {"RAY_TMPDIR": str(folder), "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    environment |= {"RAY_TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "scripts.run", str(path)],
         cwd=REPOSITORY,
@@ -105,7 +105,7 @@ def served() -> Iterator[Served]:
     reader.start()
     try:
         assert ready.wait(START_S), "".join(output)
-        assert process.poll() is None, "".join(output)
+        assert any(line.startswith("curl ") for line in output), "".join(output)
         yield Served(f"http://127.0.0.1:{port}", environment, process, output)
     finally:
         if process.poll() is None:
@@ -343,3 +343,5 @@ def test_the_end(served: Served) -> None:
     assert alive == []
     left = [p.info for p in psutil.process_iter(["cmdline"]) if folder in " ".join(p.info["cmdline"] or ())]
     assert left == []
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{served.url}/health")
