@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.http import anthropic, health, openai, pages, tgi
+from deployments.http import anthropic, health, openai, pages, responses, tgi, tokenization
 from deployments.http.context import MAX_REQUEST_ID_CHARS
 from deployments.http.errors import on_error, openai_response
 from deployments.service import ModelService
@@ -18,7 +18,15 @@ from engine.errors import MantaError
 
 logger = logging.getLogger("ray.serve")
 
-ROUTES = [*health.ROUTES, *openai.ROUTES, *pages.ROUTES, *tgi.ROUTES, *anthropic.ROUTES]
+ROUTES = [
+    *health.ROUTES,
+    *openai.ROUTES,
+    *responses.ROUTES,
+    *tokenization.ROUTES,
+    *anthropic.ROUTES,
+    *tgi.ROUTES,
+    *pages.ROUTES,
+]
 
 
 def create_app(service: ModelService, *, echo_request_id: bool = True) -> Starlette:

@@ -1,0 +1,359 @@
+"""OpenAI's Responses API: create, stream, go on from an earlier response, look one up, delete it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from deployments.generation import Generation
+from deployments.http.body import parse, read_body
+from deployments.http.context import check_model, service_of
+from deployments.http.errors import NotSupported, failure_of, request_id_of
+from deployments.http.responses_types import ResponsesRequest
+from deployments.http.sse import start_stream, until_disconnect
+from deployments.http.structured import forced_calls, form_of, grammar_of, tools_of
+from deployments.parsing.answer import AnswerDelta, AnswerForm, AnswerParser
+from deployments.service import ModelService
+from engine.errors import RequestError
+from engine.output import RequestOutput
+
+_json = msgspec.json.Encoder()
+MAX_KEPT = 1000
+MAX_KEPT_BYTES = 64 << 20
+Item = dict[str, Any]
+
+
+class ResponseNotFound(RequestError):
+    """A response id that this replica does not hold."""
+
+    http_status = 404
+    kind = "not_found_error"
+
+
+class ResponseStore:
+    """Earlier responses and their conversations, in this process; the oldest go when there are too many."""
+
+    def __init__(self, max_kept: int = MAX_KEPT, max_bytes: int = MAX_KEPT_BYTES) -> None:
+        self._max_kept, self._max_bytes = max_kept, max_bytes
+        self._kept: OrderedDict[str, tuple[Item, list[Item], int]] = OrderedDict()
+        self._bytes = 0
+
+    def put(self, response: Item, messages: list[Item]) -> None:
+        """Keep a response and the conversation it ends."""
+        size = len(_json.encode([response, messages]))
+        self._kept[response["id"]] = (response, messages, size)
+        self._bytes += size
+        while self._kept and (len(self._kept) > self._max_kept or self._bytes > self._max_bytes):
+            self._bytes -= self._kept.popitem(last=False)[1][2]
+
+    def get(self, response_id: str) -> tuple[Item, list[Item]]:
+        """The response and its conversation. Raises ResponseNotFound."""
+        if response_id not in self._kept:
+            raise ResponseNotFound(f"response {response_id!r:.100} is not kept here (any more)", param="response_id")
+        self._kept.move_to_end(response_id)
+        response, messages, _ = self._kept[response_id]
+        return response, messages
+
+    def delete(self, response_id: str) -> None:
+        """Forget a response. Raises ResponseNotFound."""
+        self.get(response_id)
+        self._bytes -= self._kept.pop(response_id)[2]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+async def create_response(request: Request) -> Response:
+    """Answer an input with a list of items: a message, calls of functions, reasoning."""
+    service = service_of(request)
+    body = parse(ResponsesRequest, await read_body(request, int(service.config.max_body_mib * 2**20)))
+    check_model(service, body.model)
+    call = _Call(service, _store_of(request), body, request_id_of(request))
+    await call.start()
+    if body.stream:
+        return await start_stream(request.receive, call.events(), on_error=_error_event)
+    answer = await until_disconnect(request.receive, call.answer())
+    return Response(_json.encode(answer), media_type="application/json")
+
+
+async def get_response(request: Request) -> Response:
+    """An earlier response."""
+    response, _ = _store_of(request).get(request.path_params["id"])
+    return Response(_json.encode(response), media_type="application/json")
+
+
+async def delete_response(request: Request) -> Response:
+    """Forget an earlier response."""
+    response_id = request.path_params["id"]
+    _store_of(request).delete(response_id)
+    answer = {"id": response_id, "object": "response", "deleted": True}
+    return Response(_json.encode(answer), media_type="application/json")
+
+
+def _store_of(request: Request) -> ResponseStore:
+    state = request.app.state
+    if not hasattr(state, "responses"):
+        state.responses = ResponseStore()
+    store: ResponseStore = state.responses
+    return store
+
+
+def _error_event(error: BaseException) -> bytes:
+    body = failure_of(error).body
+    return _json.encode({"type": "error", "code": body.code, "message": body.message, "param": body.param})
+
+
+class _Call:
+    """One request on its way, and how its answer looks."""
+
+    def __init__(self, service: ModelService, store: ResponseStore, body: ResponsesRequest, request_id: str) -> None:
+        if body.background:
+            raise NotSupported("background: this server answers in the foreground", param="background")
+        self.service, self.store, self.body = service, store, body
+        self.id = f"resp_{request_id}"
+        self.created = int(time.time())
+        earlier = self._earlier()
+        self.history = [*earlier, *body.messages()]
+        instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
+        self.chat = body.chat(instructions + self.history)
+        self.tool_mode, self.functions = tools_of(self.chat)
+        self.form = AnswerForm()
+        self.generation: Generation | None = None
+
+    def _earlier(self) -> list[Item]:
+        if self.body.previous_response_id is None:
+            return []
+        try:
+            return self.store.get(self.body.previous_response_id)[1]
+        except ResponseNotFound as error:
+            error.param, error.code = "previous_response_id", "previous_response_not_found"
+            raise
+
+    async def start(self) -> None:
+        """Render, tokenize and submit."""
+        service, chat = self.service, self.chat
+        given = chat.sampling()
+        given["grammar"] = grammar_of(chat)
+        if self.tool_mode in ("required", "named"):
+            parallel = self.tool_mode == "required" and chat.parallel_tool_calls is not False
+            given["grammar"] = forced_calls(self.functions, parallel=parallel)
+        params = service.sampling_params(given, max_tokens=None)
+        effort = {} if chat.reasoning_effort is None else {"reasoning_effort": chat.reasoning_effort}
+        tools = chat.tools if self.tool_mode != "none" else None
+        ids = await service.encode_chat(chat.messages, params, tools=tools, variables=effort)
+        self.form = form_of(service, self.tool_mode, service.tokenizer.decode_raw(ids[-16:]), None)
+        self.generation = service.generate(ids, params, request_id=self.id)
+
+    @property
+    def _started(self) -> Generation:
+        assert self.generation is not None, "start first"
+        return self.generation
+
+    async def answer(self) -> Item:
+        async with self._started as generation:
+            result = await generation.finish()
+        parser, items = AnswerParser(self.form), ItemWriter()
+        items.write(parser.push(result.outputs[0].text, last=True))
+        items.close()
+        return self._finished(result, items.items)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        parser, items, number = AnswerParser(self.form), ItemWriter(), 0
+
+        def told(events: list[Item]) -> bytes:
+            nonlocal number
+            out = b""
+            for payload in events:
+                out += b"event: " + payload["type"].encode() + b"\ndata: "
+                out += _json.encode({**payload, "sequence_number": number}) + b"\n\n"
+                number += 1
+            return out
+
+        async with self._started as generation:
+            begun = self._response("in_progress", [])
+            kinds = ("response.created", "response.in_progress")
+            yield told([{"type": kind, "response": begun} for kind in kinds])
+            async for deltas in generation:
+                for delta in deltas:
+                    part = parser.push(delta.text, last=delta.finish_reason is not None)
+                    if events := items.write(part):
+                        yield told(events)
+            result = generation.result
+            assert result is not None
+            events = items.close()
+            whole = self._finished(result, items.items)
+            yield told([*events, {"type": f"response.{whole['status']}", "response": whole}])
+
+    def _finished(self, result: RequestOutput, items: list[Item]) -> Item:
+        """The whole response; kept for later ones unless the client does not want that."""
+        cut = result.outputs[0].finish_reason == "length"
+        response = self._response("incomplete" if cut else "completed", items)
+        response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
+        prompt, output = len(result.prompt_token_ids), result.num_completion_tokens
+        response["usage"] = {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": result.num_cached_tokens},
+            "output_tokens": output,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt + output,
+        }
+        if self.body.store is not False:
+            self.store.put(response, [*self.history, *_as_messages(items)])
+        return response
+
+    def _response(self, status: str, items: list[Item]) -> Item:
+        body = self.body
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self.service.config.names[0],
+            "output": items,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": body.reasoning or {"effort": None, "summary": None},
+            "store": body.store is not False,
+            "temperature": body.temperature,
+            "text": body.text or {"format": {"type": "text"}},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
+            "top_p": body.top_p,
+            "truncation": body.truncation or "disabled",
+            "usage": None,
+            "user": body.user,
+        }
+
+
+class ItemWriter:
+    """The items of an answer as they grow, and the events that tell of it."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self._kind = ""
+
+    def write(self, part: AnswerDelta) -> list[Item]:
+        """Add what a piece of text brought; the events of it."""
+        events: list[Item] = []
+        if part.reasoning:
+            events += self._open("reasoning", _reasoning_item)
+            events += self._add_text(part.reasoning, "response.reasoning_text.delta")
+        if part.content and not (self._kind.startswith("call") and not part.content.strip()):
+            events += self._open("message", _message_item)
+            events += self._add_text(part.content, "response.output_text.delta", logprobs=[])
+        for call in part.calls:
+            if call.id is not None and call.name is not None:
+                fields = {"call_id": call.id, "name": call.name}
+                events += self._open(f"call {call.index}", lambda fields=fields: _call_item(**fields))
+            if call.arguments:
+                self.items[-1]["arguments"] += call.arguments
+                events.append(self._at("response.function_call_arguments.delta", delta=call.arguments))
+        return events
+
+    def close(self) -> list[Item]:
+        """End the item that is open; an answer without any has one empty message."""
+        events = self._open("message", _message_item) if not self.items else []
+        return events + self._end()
+
+    def _open(self, kind: str, make: Any) -> list[Item]:
+        if kind == self._kind:
+            return []
+        events = self._end() if self.items else []
+        self._kind = kind
+        item = make()
+        self.items.append(item)
+        shown = {**item, "content": []} if "content" in item else dict(item)
+        events.append({"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": shown})
+        if "content" in item:
+            part = dict(item["content"][0])
+            events.append(self._at("response.content_part.added", content_index=0, part=part))
+        return events
+
+    def _add_text(self, text: str, kind: str, **more: Any) -> list[Item]:
+        self.items[-1]["content"][0]["text"] += text
+        return [self._at(kind, content_index=0, delta=text, **more)]
+
+    def _end(self) -> list[Item]:
+        item = self.items[-1]
+        item["status"] = "completed"
+        events: list[Item] = []
+        if item["type"] == "function_call":
+            whole = {"arguments": item["arguments"], "name": item["name"]}
+            events.append(self._at("response.function_call_arguments.done", **whole))
+        else:
+            part = item["content"][0]
+            kind = "output_text" if item["type"] == "message" else "reasoning_text"
+            more: Item = {"logprobs": []} if kind == "output_text" else {}
+            events.append(self._at(f"response.{kind}.done", content_index=0, text=part["text"], **more))
+            events.append(self._at("response.content_part.done", content_index=0, part=dict(part)))
+        events.append({"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": dict(item)})
+        return events
+
+    def _at(self, kind: str, **fields: Any) -> Item:
+        return {"type": kind, "item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
+
+
+def _message_item() -> Item:
+    part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+    return {
+        "type": "message",
+        "id": f"msg_{secrets.token_hex(12)}",
+        "status": "in_progress",
+        "role": "assistant",
+        "content": [part],
+    }
+
+
+def _reasoning_item() -> Item:
+    part = {"type": "reasoning_text", "text": ""}
+    return {
+        "type": "reasoning",
+        "id": f"rs_{secrets.token_hex(12)}",
+        "status": "in_progress",
+        "summary": [],
+        "content": [part],
+    }
+
+
+def _call_item(call_id: str, name: str) -> Item:
+    return {
+        "type": "function_call",
+        "id": f"fc_{secrets.token_hex(12)}",
+        "call_id": call_id,
+        "name": name,
+        "arguments": "",
+        "status": "in_progress",
+    }
+
+
+def _as_messages(items: list[Item]) -> list[Item]:
+    """Items as the chat messages that a later response goes on from; reasoning is not told again."""
+    messages: list[Item] = []
+    for item in items:
+        if item["type"] == "message":
+            messages.append({"role": "assistant", "content": item["content"][0]["text"]})
+        elif item["type"] == "function_call":
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            call = {"id": item["call_id"], "type": "function", "function": function}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+    return messages
+
+
+ROUTES = [
+    Route("/v1/responses", create_response, methods=["POST"]),
+    Route("/v1/responses/{id}", get_response, methods=["GET"]),
+    Route("/v1/responses/{id}", delete_response, methods=["DELETE"]),
+]
