@@ -28,7 +28,8 @@ def test_every_key_has_a_row() -> None:
 def test_every_route_has_a_row() -> None:
     for route in ROUTES:
         if route.path != "/web/{name}":  # what the pages are made of
-            assert f"{route.path.replace('{name:path}', 'NAME')}`" in README, route.path
+            path = route.path.replace("{name:path}", "NAME").replace("{id}", "ID")
+            assert f" {path}`" in README, route.path
 
 
 def test_the_error_is_as_printed() -> None:
