@@ -31,9 +31,10 @@ from cluster.messages import (
 )
 from cluster.metrics import RayMetrics, snapshot
 from cluster.placement import DRIVER_CPUS, shortage, wait_for
-from cluster.ray_executor import RayExecutor, end_process
+from cluster.rank_group import end_process, free_name
+from cluster.ray_executor import RayExecutor
 from cluster.recovery import RecoveryPolicy
-from cluster.worker_actor import environment, on_thread, set_up_logging
+from cluster.worker_actor import RankFacts, environment, on_thread, set_up_process
 from engine.config import EngineConfig
 from engine.errors import EngineUnavailable, MantaError
 from engine.executor import Executor
@@ -153,7 +154,7 @@ class MantaDriver:
         group: PlacementGroup | None,
         options: dict[str, Any],
     ) -> None:
-        set_up_logging(name)
+        set_up_process(name)
         self._name = name
         self._lock = threading.Lock()
         self._tcp: Ticket | None = None
@@ -222,7 +223,10 @@ class MantaDriver:
             return DriverHealth(state="failed", reason=self._failure)
         if not self._started:
             return DriverHealth(state="starting", reason="the model is loading")
-        return self._driver.loop.health()
+        health = self._driver.loop.health()
+        if health.state == "recovering" and (shortage := self._executor.waiting_for):
+            return msgspec.structs.replace(health, reason=f"{health.reason}; {shortage}")
+        return health
 
     @on_thread(CONTROL)
     def stats(self) -> dict[str, Any]:
@@ -248,9 +252,9 @@ class MantaDriver:
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     @on_thread(CONTROL)
-    def rank_pids(self) -> list[int]:
-        """Process ids of the ranks, in order."""
-        return [facts.pid for facts in self._executor.rank_facts]
+    def rank_facts(self) -> list[RankFacts]:
+        """Where the ranks are, in order."""
+        return self._executor.rank_facts
 
     @on_thread(CONTROL)
     def stop(self) -> None:
@@ -286,7 +290,7 @@ def start_driver(
         strategy = PlacementGroupSchedulingStrategy(placement_group, 0)
     actor = ray.remote(concurrency_groups={CONTROL: 4})(MantaDriver)
     driver = actor.options(
-        name=_free_name(full_name),
+        name=free_name(full_name),
         num_cpus=DRIVER_CPUS,
         scheduling_strategy=strategy,
         runtime_env={"env_vars": environment(config)},
@@ -338,14 +342,3 @@ def _wait_started(driver: Any, name: str, timeout_s: float, group: PlacementGrou
         if isinstance(cause, MantaError):
             raise cause from error
         raise EngineUnavailable(f"{name} did not start: {error}") from error
-
-
-def _free_name(name: str) -> str:
-    """`name`, or with a number behind it while an actor that is ending still holds it."""
-    for number in range(1, 1000):
-        candidate = name if number == 1 else f"{name}.{number}"
-        try:
-            ray.get_actor(candidate)
-        except ValueError:
-            return candidate
-    return name

@@ -69,9 +69,7 @@ class DriverHealth(msgspec.Struct, frozen=True):
     """Why, when the state is not ready."""
     idle: bool = True
     progress_age_s: float = 0.0
-    """Seconds since the loop last moved: took requests, or read a step."""
-    deadline_s: float = 0.0
-    """Seconds the step in flight may take before it counts as stuck; 0 when idle."""
+    """Seconds since the loop last gave a sign of life."""
     recoveries: int = 0
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,15 +91,25 @@ def place(
     return Placement(made, 0, owned=True)
 
 
-def wait_for(group: PlacementGroup, *, name: str, timeout_s: float) -> None:
-    """Block until every bundle of `group` has its place; says every few seconds what is missing."""
-    began_s = time.monotonic()
-    while not group.wait(min(SAY_EVERY_S, max(0.05, timeout_s - (time.monotonic() - began_s)))):
-        waited_s = time.monotonic() - began_s
-        said = f"{name}: waiting for resources: {shortage(group)} ({waited_s:.0f} s)"
-        if waited_s >= timeout_s:
+def wait_for(
+    group: PlacementGroup, *, name: str, timeout_s: float, tell: Callable[[str], None] = lambda _: None
+) -> None:
+    """Block until every bundle of `group` has its place; logs every few seconds what is missing.
+
+    `tell` is given the same about once a second, and at last the empty string. Raises EngineUnavailable after
+    timeout_s.
+    """
+    began_s = said_s = time.monotonic()
+    while not group.wait(min(1.0, max(0.05, timeout_s - (time.monotonic() - began_s)))):
+        now_s = time.monotonic()
+        said = f"{name}: waiting for resources: {shortage(group)} ({now_s - began_s:.0f} s)"
+        if now_s - began_s >= timeout_s:
             raise EngineUnavailable(said, retry_after_s=SAY_EVERY_S)
-        logger.warning(said)
+        tell(said)
+        if now_s - said_s >= SAY_EVERY_S:
+            said_s = now_s
+            logger.warning(said)
+    tell("")
 
 
 def shortage(group: PlacementGroup) -> str:

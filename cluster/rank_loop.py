@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from cluster.step_channel import RankFault, RankLink
+from engine.errors import ExecutorDied
 from engine.step import StepMasks, StepPlan, StepResult, decode_masks, decode_plan, encode, unpack
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,9 @@ class RankLoop:
         logger.exception("rank %d: step %d failed: %s", self._rank, step, text)
         trace = "".join(traceback.format_exception(error))
         try:
-            self._link.send(FAULT + msgspec.msgpack.encode(RankFault(step, text, trace)))
+            self._link.send(
+                FAULT + msgspec.msgpack.encode(RankFault(step, text, trace, isinstance(error, ExecutorDied)))
+            )
         except OSError:
             logger.warning("rank %d: nobody to tell of it", self._rank)
         return text

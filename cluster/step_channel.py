@@ -128,6 +128,7 @@ class ActorChannel:
         self._thread = threading.Thread(target=self._read, name="manta-steps", daemon=True)
 
     def tickets(self, node_ids: list[str]) -> list[Ticket | None]:
+        ray.get([actor.open_queue.remote() for actor in self._actors])
         self._thread.start()
         return [None] * len(node_ids)
 
@@ -195,3 +196,5 @@ class RankFault(msgspec.Struct):
     step: int
     error: str
     trace: str
+    peer: bool = False
+    """The fault lies with another rank: a collective failed."""

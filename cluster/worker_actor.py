@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import msgspec
 import ray
@@ -21,6 +21,9 @@ from cluster.step_channel import QueueLink, RankLink, SocketLink
 from engine.config import EngineConfig
 from engine.executor import CacheCapacity
 from engine.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from engine.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,19 @@ class RankFacts(msgspec.Struct, frozen=True):
     node_ip: str
 
 
+class Peers:
+    """The rank's communicator, which can be replaced by one with other peers while the model keeps hold of this."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+
+    def replace(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._communicator, name)
+
+
 class MantaWorker:
     """Holds one rank. Control calls (default group) answer while the loop runs."""
 
@@ -66,9 +82,10 @@ class MantaWorker:
         self._config, self._model_config = config, model_config
         self._worker: RankWorker | None = None
         self._loop: RankLoop | None = None
+        self._peers: Peers | None = None
         self._queue_link = QueueLink()
         self._stage = "started"
-        set_up_logging(name)
+        set_up_process(name)
 
     def __repr__(self) -> str:
         return self._name
@@ -101,6 +118,17 @@ class MantaWorker:
         self._stage = "measuring memory"
         return self._worker.measure()
 
+    @on_thread(DEVICE)
+    def rejoin(self, meeting: str, timeout_s: float) -> None:
+        """Meet the other ranks again, some of them new; this rank's weights and cache stay."""
+        from engine.parallel.group import connect
+
+        config = self._config
+        self._stage = "meeting the other ranks"
+        if self._peers is not None:
+            self._peers.close()
+            self._peers.replace(connect(self._rank, config.tensor_parallel_size, meeting, config.device, timeout_s))
+
     def _load(self, meeting: str, timeout_s: float) -> RankWorker:
         from engine.parallel.group import connect
         from engine.worker.worker import Worker
@@ -110,6 +138,9 @@ class MantaWorker:
             model_config = ModelConfig.load(config)  # this node has its own copy
         self._stage = "meeting the other ranks"
         group = connect(self._rank, config.tensor_parallel_size, meeting, config.device, timeout_s)
+        if config.device == "cpu":
+            self._peers = Peers(group)
+            group = cast("Communicator", self._peers)
         worker = Worker(config, model_config, self._rank, group)
         self._stage = "loading weights"
         worker.load(progress=self._rank == 0)
@@ -140,6 +171,11 @@ class MantaWorker:
         finally:
             self._stage = "idle"
             link.close()
+
+    @on_thread(PLANS)
+    def open_queue(self) -> None:
+        """Begin a new link of actor calls; what an older one left behind is forgotten."""
+        self._queue_link = QueueLink()
 
     @on_thread(PLANS)
     def push_plan(self, payload: bytes | None) -> None:
@@ -195,9 +231,13 @@ def environment(config: EngineConfig) -> dict[str, str]:
     return out
 
 
-def set_up_logging(name: str) -> None:
-    """Log to this process's stderr, which Ray shows under the actor's name. MANTA_LOG_LEVEL sets how much."""
+def set_up_process(name: str) -> None:
+    """Let threads take turns quickly, and log to stderr, which Ray shows under the actor's name.
+
+    MANTA_LOG_LEVEL sets how much is logged.
+    """
     faulthandler.enable()
+    sys.setswitchinterval(0.001)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {name} %(message)s"))
     level = os.environ.get("MANTA_LOG_LEVEL", "INFO").upper()

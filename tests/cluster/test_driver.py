@@ -209,6 +209,29 @@ def test_abort_frees_the_blocks_and_nothing_more_comes(make_driver):
     asyncio.run(main())
 
 
+def test_thousands_of_cancels_leak_nothing(make_driver):
+    async def main():
+        client, collector = await join(make_driver(max_num_seqs=32, max_num_batched_tokens=128))
+        running = []
+        for i in range(3000):
+            running.append(f"r{i}")
+            client.submit(make_request(running[-1], 1 + i % 20, n=1 + i % 3, ignore_eos=True, max_tokens=30))
+            if i % 7 == 3:
+                client.abort(running[-1], i % 3)
+            if len(running) > 40:
+                client.abort(running.pop(i * 31 % 40))
+            if i % 100 == 99:
+                await client.stats()
+        for request_id in running:
+            client.abort(request_id)
+        await assert_no_blocks_used(client)
+        assert not collector.errors
+        assert collector.tokens
+        await client.close()
+
+    asyncio.run(main())
+
+
 def test_a_client_that_goes_away_frees_its_blocks_and_no_others(make_driver):
     async def main():
         driver = make_driver(max_model_len=50_000)

@@ -14,6 +14,7 @@ from cluster.driver import start_driver, stop_driver
 from cluster.driver_client import DriverClient
 from cluster.messages import error_of
 from cluster.placement import STRATEGY, bundles
+from cluster.rank_group import is_ray_worker
 from engine.config import EngineConfig
 from engine.errors import EngineUnavailable, ModelLoadError, PromptTooLong
 from engine.llm_engine import LLMEngine
@@ -109,6 +110,10 @@ async def generate(driver, requests, *, disturb=None):
     return tokens, stats
 
 
+def rank_pids(driver):
+    return [facts.pid for facts in ray.get(driver.rank_facts.remote())]
+
+
 def wait_all_free(timeout_s=15):
     """Until every resource is back: no actor and no placement group is left."""
     deadline_s = time.monotonic() + timeout_s
@@ -137,7 +142,7 @@ def test_tokens_are_those_of_one_process(folder, expected, ranks, channel):
 def test_a_killed_rank_changes_no_token(folder, expected, victim):
     driver = start_driver(config_of(folder, tensor_parallel_size=2), name="killed")
     try:
-        pids = ray.get(driver.rank_pids.remote())
+        pids = rank_pids(driver)
         tokens, stats = asyncio.run(
             generate(driver, requests_of(12, 60), disturb=lambda: os.kill(pids[victim], signal.SIGKILL))
         )
@@ -152,11 +157,11 @@ def test_a_killed_rank_changes_no_token(folder, expected, victim):
 def test_a_frozen_rank_changes_no_token(folder, expected):
     driver = start_driver(config_of(folder), name="frozen")
     try:
-        (pid,) = ray.get(driver.rank_pids.remote())
+        (pid,) = rank_pids(driver)
         tokens, stats = asyncio.run(generate(driver, requests_of(12, 60), disturb=lambda: os.kill(pid, signal.SIGSTOP)))
         assert tokens == expected
         assert stats["recoveries"] == 1
-        assert not os.path.exists(f"/proc/{pid}")
+        assert not is_ray_worker(pid)
     finally:
         stop_driver(driver)
 
@@ -169,12 +174,12 @@ def test_control_calls_and_names_and_the_end(folder):
     stats = ray.get(driver.stats.remote())
     assert (stats["num_blocks"], stats["free_blocks"]) == (120, 120)
     _, pid = ray.get(driver.pid.remote())
-    pids = [pid, *ray.get(driver.rank_pids.remote())]
+    pids = [pid, *rank_pids(driver)]
     assert len(socket_folders(os.getpid()) - before) == 2
     began_s = time.monotonic()
     stop_driver(driver)
     assert time.monotonic() - began_s < 10
-    assert [p for p in pids if os.path.exists(f"/proc/{p}")] == []
+    assert [p for p in pids if is_ray_worker(p)] == []
     assert socket_folders(os.getpid()) - before == set()
     stop_driver(driver)
     wait_all_free()

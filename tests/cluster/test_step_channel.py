@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from cluster.measure import IdleRank, IdleWorker, decode_plan, idle_executor, measure_dispatch
+from cluster.rank_group import is_ray_worker
 from cluster.step_channel import SocketChannel, SocketLink
 from engine.errors import ExecutorDied
 from engine.sampling_params import SamplingParams
@@ -131,7 +132,7 @@ def test_a_frozen_rank_is_noticed_by_its_silence(channel):
         with pytest.raises(ExecutorDied):
             future.result(0)
         executor.restart()
-        assert not os.path.exists(f"/proc/{pid}")
+        assert not is_ray_worker(pid)
         executor.submit(plan_of([1], epoch=1)).result(20)
 
 
@@ -144,7 +145,7 @@ def test_shutdown_ends_the_ranks_and_what_is_in_flight(channel):
         assert time.monotonic() - began_s < 8
         with pytest.raises(ExecutorDied, match="shut down"):
             stuck.result(0)
-        assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+        assert not [pid for pid in pids if is_ray_worker(pid)]
         with pytest.raises(ExecutorDied):
             executor.submit(plan_of([1])).result(0)
 

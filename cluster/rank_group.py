@@ -1,0 +1,324 @@
+"""RankGroup: the worker actors of one engine, from their start to their end, and which of them outlive a failure."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import ray
+
+from cluster.framing import Ticket
+from cluster.placement import Placement, rank_bundle, wait_for
+from cluster.worker_actor import MantaWorker, RankFacts, actor_class, environment
+from engine.config import EngineConfig
+from engine.errors import ExecutorDied, MantaError
+from engine.executor import CacheCapacity
+from engine.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+PING_TIMEOUT_S = 5.0
+"""Long enough for a process that holds its interpreter, or waits for a core; a stopped one is recognised at once."""
+MEET_TIMEOUT_S = 120.0
+SURVIVE_TIMEOUT_S = 2.0
+"""How long a rank whose peer died may take to leave its step; then it is replaced too."""
+SAY_EVERY_S = 5.0
+
+
+class Rank(msgspec.Struct):
+    """One worker actor."""
+
+    actor: Any
+    facts: RankFacts | None = None
+    capacity: CacheCapacity | None = None
+    """What its cache holds, once it is allocated."""
+    loop: Any = None
+    """Its run_loop task."""
+    ping: Any = None
+    """A ping that is not answered yet."""
+    pinged_s: float = 0.0
+
+
+class RankGroup:
+    """One actor a rank, in its places. `bring_up` starts those that are missing."""
+
+    def __init__(
+        self,
+        name: str,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        placement: Placement,
+        *,
+        worker_class: type[MantaWorker] = MantaWorker,
+        resources_timeout_s: float = 600.0,
+        load_timeout_s: float = 3600.0,
+    ) -> None:
+        self.name = name
+        self._config, self._model_config, self._placement = config, model_config, placement
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._actor_class = actor_class(worker_class)
+        self._resources_timeout_s, self._load_timeout_s = resources_timeout_s, load_timeout_s
+        self.waiting_for = ""
+        """What resources `bring_up` waits for."""
+        self._ranks: list[Rank | None] = [None] * config.tensor_parallel_size
+
+    @property
+    def ranks(self) -> list[Rank]:
+        """All ranks; not while some are missing."""
+        ranks = [rank for rank in self._ranks if rank is not None]
+        assert len(ranks) == len(self._ranks), "bring_up first"
+        return ranks
+
+    @property
+    def actors(self) -> list[Any]:
+        return [rank.actor for rank in self.ranks]
+
+    @property
+    def facts(self) -> list[RankFacts]:
+        """Where the ranks that are up are now."""
+        return [rank.facts for rank in self._ranks if rank is not None and rank.facts is not None]
+
+    def _note_wait(self, said: str) -> None:
+        self.waiting_for = said
+
+    # Up
+
+    def bring_up(self) -> CacheCapacity:
+        """Start the missing ranks, let all meet, and load the new ones; what each of them can hold.
+
+        Waits for resources. Raises EngineUnavailable when they do not come, ExecutorDied when a rank fails, and what
+        loading raises.
+        """
+        began_s = time.monotonic()
+        wait_for(  # a node may be gone
+            self._placement.group, name=self.name, timeout_s=self._resources_timeout_s, tell=self._note_wait
+        )
+        kept = [rank for rank in self._ranks if rank is not None]
+        for index, rank in enumerate(self._ranks):
+            if rank is None:
+                self._ranks[index] = self._spawn(index)
+        ranks = self.ranks
+        new = [rank for rank in ranks if rank.facts is None]
+        for rank, facts in zip(new, self._gather("starting", [(r, r.actor.facts.remote()) for r in new])):
+            rank.facts = facts
+        meeting = self._meeting()
+        calls = [
+            (rank, (rank.actor.load if rank.capacity is None else rank.actor.rejoin).remote(meeting, MEET_TIMEOUT_S))
+            for rank in ranks
+        ]
+        measured = self._gather("loading", calls)
+        capacity = least([rank.capacity or found for rank, found in zip(ranks, measured)])
+        changed = [rank for rank in ranks if rank.capacity != capacity]
+        self._gather("allocating", [(rank, rank.actor.allocate.remote(capacity)) for rank in changed])
+        for rank in changed:
+            rank.capacity = capacity
+        logger.info(
+            "%s: %d ranks ready (%d kept) in %.1f s, %d blocks of %d tokens",
+            self.name,
+            len(ranks),
+            len(kept),
+            time.monotonic() - began_s,
+            capacity.num_blocks,
+            capacity.block_size,
+        )
+        return capacity
+
+    def open_loops(self, tickets: list[Ticket | None]) -> None:
+        """Start every rank's loop."""
+        for rank, ticket in zip(self.ranks, tickets):
+            rank.loop = rank.actor.run_loop.remote(ticket)
+
+    def _spawn(self, index: int) -> Rank:
+        resources, name = rank_bundle(self._config), f"{self.name}:rank{index}"
+        return Rank(
+            self._actor_class.options(
+                name=free_name(name),
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+                scheduling_strategy=self._placement.strategy(index),
+                runtime_env={"env_vars": environment(self._config)},
+                max_restarts=0,
+            ).remote(name, self._config, self._model_config, index)
+        )
+
+    def _meeting(self) -> str:
+        """Where the ranks meet: served by rank 0, on loopback when all are on one node."""
+        first, one_node = self.ranks[0], len({facts.node_id for facts in self.facts}) == 1
+        assert first.facts is not None
+        try:
+            address: str = ray.get(
+                first.actor.free_address.remote("127.0.0.1" if one_node else first.facts.node_ip), timeout=30
+            )
+        except Exception as error:
+            raise ExecutorDied(f"rank 0 failed before the ranks met: {summary(error)}", ranks=(0,)) from error
+        return address
+
+    def _gather(self, what: str, calls: list[tuple[Rank, Any]]) -> list[Any]:
+        """The results of one call a rank; tells the log what is slow. Raises what a rank raised, or ExecutorDied."""
+        began_s, indices = time.monotonic(), {ref: self._ranks.index(rank) for rank, ref in calls}
+        waiting = list(indices)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=SAY_EVERY_S)
+            for ref in done:
+                _raise_failure(ref, indices[ref], what)
+            waited_s = time.monotonic() - began_s
+            if waiting and waited_s >= self._load_timeout_s:
+                slow = tuple(indices[ref] for ref in waiting)
+                raise ExecutorDied(f"ranks {slow} did not finish {what} in {self._load_timeout_s:g} s", ranks=slow)
+            if waiting and not done:
+                logger.info("%s: %s: %d of %d ranks left (%.0f s)", self.name, what, len(waiting), len(calls), waited_s)
+        return [ray.get(ref) for _, ref in calls]
+
+    # While they run
+
+    def ended(self) -> tuple[int, str] | None:
+        """A rank whose loop is over, and why: it died, or a step failed."""
+        loops = {rank.loop: index for index, rank in enumerate(self._ranks) if rank is not None and rank.loop}
+        done, _ = ray.wait(list(loops), num_returns=len(loops), timeout=0) if loops else ([], [])
+        for ref in done:
+            try:
+                return loops[ref], str(ray.get(ref))
+            except Exception as error:
+                return loops[ref], summary(error)
+        return None
+
+    def frozen(self) -> tuple[int, ...]:
+        """Ranks whose process is stopped, or has not answered a ping for a while. Never blocks: call it repeatedly."""
+        return tuple(index for index, rank in enumerate(self.ranks) if self._is_frozen(rank))
+
+    def _is_frozen(self, rank: Rank) -> bool:
+        now_s = time.monotonic()
+        if rank.ping is None:
+            rank.ping, rank.pinged_s = rank.actor.ping.remote(), now_s
+        elif ray.wait([rank.ping], timeout=0)[0]:
+            rank.ping = None  # it answered, or it is dead and `ended` tells
+        elif now_s - rank.pinged_s > PING_TIMEOUT_S:
+            return True
+        facts = rank.facts
+        return facts is not None and facts.node_id == self._node_id and process_state(facts.pid) in ("T", "t")
+
+    # Down
+
+    def drop_failed(self, failed: tuple[int, ...], *, keep: bool) -> None:
+        """After a failure: end the ranks at fault and those that cannot go on; `keep` the others, with their weights.
+
+        The step channel is closed. A rank is kept when its loop comes to its end by itself: on a CPU, its collective
+        fails when a peer is gone. A GPU that waits for a dead peer cannot be called back. Where no rank is found at
+        fault, all are replaced.
+        """
+        for index in failed:
+            self._end(index, 0.0)
+        kept = self._survivors() if keep and self._config.device == "cpu" else []
+        if len(kept) == len(self._ranks):
+            kept = []
+        for index, rank in enumerate(self._ranks):
+            if rank is not None and index not in kept:
+                self._end(index, 0.0)
+            elif rank is not None:
+                rank.loop = rank.ping = None
+
+    def _survivors(self) -> list[int]:
+        loops = {rank.loop: index for index, rank in enumerate(self._ranks) if rank is not None and rank.loop}
+        done, _ = ray.wait(list(loops), num_returns=len(loops), timeout=SURVIVE_TIMEOUT_S) if loops else ([], [])
+        alive = []
+        for ref in done:
+            with contextlib.suppress(Exception):
+                ray.get(ref)
+                alive.append(loops[ref])
+        return alive
+
+    def end(self) -> None:
+        """End all ranks; what does not leave by itself in a moment is killed."""
+        loops = [rank.loop for rank in self._ranks if rank is not None and rank.loop]
+        if loops:
+            ray.wait(loops, num_returns=len(loops), timeout=SURVIVE_TIMEOUT_S)
+        for index, rank in enumerate(self._ranks):
+            if rank is not None:
+                self._end(index, 1.0)
+
+    def _end(self, index: int, patience_s: float) -> None:
+        rank, self._ranks[index] = self._ranks[index], None
+        if rank is None:
+            return
+        with contextlib.suppress(Exception):
+            ray.kill(rank.actor)
+        if rank.facts is not None and rank.facts.node_id == self._node_id:
+            end_process(rank.facts.pid, patience_s)
+
+
+def least(capacities: list[CacheCapacity]) -> CacheCapacity:
+    """What every rank can hold."""
+    sizes = {capacity.block_size for capacity in capacities}
+    assert len(sizes) == 1, f"ranks disagree on the block size: {sizes}"
+    return CacheCapacity(
+        num_blocks=min(capacity.num_blocks for capacity in capacities),
+        block_size=sizes.pop(),
+        num_host_blocks=min(capacity.num_host_blocks for capacity in capacities),
+    )
+
+
+def end_process(pid: int, patience_s: float) -> None:
+    """Wait for a Ray worker process of this node to end, and kill it when it does not (a stopped one never would)."""
+    deadline_s = time.monotonic() + patience_s
+    killed = False
+    while is_ray_worker(pid):
+        if time.monotonic() > deadline_s:
+            if killed:
+                logger.warning("process %d does not end", pid)
+                return
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            killed, deadline_s = True, deadline_s + 5
+        time.sleep(0.005)
+
+
+def is_ray_worker(pid: int) -> bool:
+    """Whether `pid` is a live process that Ray started; a process id may have been given to another."""
+    try:
+        return b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def process_state(pid: int) -> str:
+    """One letter: R running, S sleeping, T stopped, Z dead and not yet reaped; empty when there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def free_name(name: str) -> str:
+    """`name`, or with a number behind it while an actor that is ending still holds it."""
+    for number in range(1, 1000):
+        candidate = name if number == 1 else f"{name}.{number}"
+        try:
+            ray.get_actor(candidate)
+        except ValueError:
+            return candidate
+    return f"{name}.{time.monotonic_ns()}"
+
+
+def summary(error: BaseException) -> str:
+    """One line of an error that came through Ray."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return f"{type(cause).__name__}: {cause}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _raise_failure(ref: Any, index: int, what: str) -> None:
+    try:
+        ray.get(ref)
+    except Exception as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, MantaError):
+            raise cause from error
+        raise ExecutorDied(f"rank {index} failed while {what}: {summary(error)}", ranks=(index,)) from error
