@@ -237,7 +237,7 @@ def through_ray(config: EngineConfig, model_config: ModelConfig, report: Report)
     from cluster.driver_client import DriverClient
 
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=True, logging_level="WARNING")
+        ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level="WARNING")
     driver = start_driver(config, model_config, name=f"bench-{report.model}")
     report.add(START, "ray", time.perf_counter() - began_s, "s")
 
@@ -277,10 +277,10 @@ def run_case(name: str, engine: str, run: Run, vocab_size: int, report: Report, 
 
 
 def warm_up(run: Run, vocab_size: int) -> float:
-    """A few requests, so that what is compiled once is not in the figures. Seconds it took."""
+    """Batches of every size, so that what is compiled or recorded once is not in the figures. Seconds it took."""
     began_s = time.perf_counter()
     for params in ({}, SAMPLED):
-        run(list(make_requests("warm-up", workload.chat(24, vocab_size, seed=99, hi=256), params)))
+        run(list(make_requests("warm-up", workload.chat(290, vocab_size, seed=99, hi=80), params)))
     return time.perf_counter() - began_s
 
 

@@ -125,7 +125,13 @@ def main(argv: list[str]) -> int:
         ready_s = server.wait(300)
         print(f"ready after {ready_s:.1f} s (vLLM's server 142)", flush=True)
         rows.append({"case": "served start", "value": round(ready_s, 1), "unit": "s", "anchor": 142})
-        load(args.client, server.url, "shape", vocab_size, {"concurrency": 8, "requests": 16, "seed": 5})
+        load(
+            args.client,
+            server.url,
+            "shape",
+            vocab_size,
+            {"concurrency": 258, "requests": 300, "max-len": 80, "seed": 5},
+        )
         print(f"{'':14}" + "".join(f"{name:>18}" for name in COLUMNS), flush=True)
         for name in args.loads.split(","):
             if time.perf_counter() - began_s > args.limit_s:

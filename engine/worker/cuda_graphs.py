@@ -77,11 +77,11 @@ class DecodeGraphs:
         self._draws: dict[tuple[int, Draw], Callable[[], None]] = {}
         self._recorder = recorder
 
-    def prepare(self) -> None:
-        """Record the graphs of every size, greedy and filtered draws."""
-        for size in reversed(self.sizes):  # the largest first: the others fit in its memory
-            self._use(size)
-            for draw in ("greedy", "filtered"):
+    def record(self, size: int) -> None:
+        """Record the graphs of one of `sizes`, with greedy and filtered draws."""
+        self._use(size)
+        for draw in ("greedy", "filtered"):
+            if (size, draw) not in self._draws:
                 self._draw_of(size, draw)
 
     def forward(self, slots: Int64Array, positions: Int64Array) -> Tensor:

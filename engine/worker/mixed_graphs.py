@@ -55,10 +55,9 @@ class MixedGraphs:
         self._buffer = torch.zeros(self._layout(self.sizes[-1])[-1], dtype=torch.int32, device=batch.device)
         self._replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
 
-    def prepare(self) -> None:
-        """Record the graphs of every size."""
-        for size in reversed(self.sizes):
-            self._replay_of(size)
+    def record(self, size: int) -> None:
+        """Record the graph of one of `sizes`, unless it is recorded."""
+        self._replay_of(size)
 
     def serves(self, entries: Entries) -> bool:
         """Whether `forward` can compute these."""
@@ -119,12 +118,12 @@ class MixedGraphs:
         parts = [self._buffer[a:b] for a, b in pairwise(starts)]
         where, positions, slots, decode_slots, decode_lens, chunk_slots, chunk_lens, cu_seqlens = parts
         step = StepInput(
-            token_ids=batch.tokens.view(-1)[where],
+            token_ids=batch.tokens.view(-1)[where.to(torch.int64)],
             positions=positions.to(torch.int64),
             slots=slots.to(torch.int64),
             num_decodes=self._num_decodes(size),
-            decodes=Runs(batch.block_tables[decode_slots], decode_lens),
-            prefills=Runs(batch.block_tables[chunk_slots], chunk_lens, cu_seqlens, size),
+            decodes=Runs(batch.block_tables[decode_slots.to(torch.int64)], decode_lens),
+            prefills=Runs(batch.block_tables[chunk_slots.to(torch.int64)], chunk_lens, cu_seqlens, size),
             caches=self._caches,
             cos_sin=self._cos_sin,
             overlaid=True,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -63,11 +65,19 @@ class ModelRunner:
             self._mixed = MixedGraphs(model, self.batch, config.max_num_batched_tokens, *shared, recorder)
 
     @torch.inference_mode()
-    def prepare(self) -> None:
-        """Record the CUDA graphs of the usual batch sizes; the others are recorded when they are first needed."""
-        if self._graphs is not None and self._mixed is not None and self._device.type == "cuda":
-            self._mixed.prepare()  # the larger ones first: the others fit in their memory
-            self._graphs.prepare()
+    def prepare(self, limit_s: float = float("inf")) -> None:
+        """Record CUDA graphs, the largest and the smallest first; begin none after limit_s.
+
+        The others are recorded when they are first needed. With several ranks the limit must be none: all record alike.
+        """
+        if self._graphs is None or self._mixed is None or self._device.type != "cuda":
+            return
+        began_s = perf_counter()
+        for mixed_size, size in zip_longest(_ends_first(self._mixed.sizes), _ends_first(self._graphs.sizes)):
+            if mixed_size is not None and perf_counter() - began_s < limit_s:
+                self._mixed.record(mixed_size)
+            if size is not None and perf_counter() - began_s < limit_s:
+                self._graphs.record(size)
 
     def clear(self) -> None:
         """Forget every sequence."""
@@ -201,6 +211,11 @@ class ModelRunner:
                 logits = self._model.logits(hidden[row + start - first : row + end - first])
                 following = self.batch.tokens[slot, start + 1 : end + 1]
                 yield prompt_logprobs(logits, following, int(seq_ids[entry]), start + 1, count)
+
+
+def _ends_first(sizes: list[int]) -> list[int]:
+    """Ascending sizes as the last, the first, then the others from the large ones down."""
+    return list(dict.fromkeys([sizes[-1], sizes[0], *reversed(sizes)]))
 
 
 def _all_decode(plan: StepPlan) -> bool:

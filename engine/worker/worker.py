@@ -22,6 +22,9 @@ from engine.worker.largest_step import largest_step
 from engine.worker.model_runner import ModelRunner
 from engine.worker.tracing import make_tracer
 
+PREPARE_S = 2.5
+"""A start begins to record no graph after this. It is enough for all of them once Triton's cache holds the kernels."""
+
 
 class Worker:
     """One rank of an engine. Call load, measure, allocate, then submit; one thread at a time."""
@@ -65,7 +68,7 @@ class Worker:
         self._runner = ModelRunner(
             self._config, self._model_config, self._model, cache, backend.device, graphs=backend.graphs
         )
-        self._runner.prepare()
+        self._runner.prepare(PREPARE_S if size == 1 else float("inf"))
 
     def submit(self, plan: StepPlan, masks: Callable[[], StepMasks] | None = None) -> PendingStep:
         """Run a plan after those before it. Raises ExecutorDied for one of another epoch or out of order.
