@@ -105,8 +105,9 @@ class LLMEngine:
         limit = self._limits.length(request)
         params = request.params
         matcher = self._masking.matcher(params.grammar) if params.grammar is not None else None
-        group = Group(request, time.perf_counter())
-        key = (params.priority if self.config.policy == "priority" else 0, request.arrival_s, self._num_arrivals)
+        group = Group(request, time.perf_counter(), self.scheduler.shares.enter(request.tenant))
+        priority = params.priority if self.config.policy == "priority" else 0
+        key = (priority, 0.0, request.arrival_s, self._num_arrivals)
         self._num_arrivals += 1
         for index in range(params.num_sequences):
             sequence = Sequence(group, index, self._new_id(), (*key, index), limit, self.scheduler.table)
@@ -364,6 +365,7 @@ class LLMEngine:
         self.scheduler.finish(sequence)
         if not group.sequences:
             del self._groups[sequence.request_id]
+            self.scheduler.shares.leave(group.request.tenant)
 
     def _shrink(self) -> None:
         """The restarted ranks hold another number of blocks: move the limits, end what does not fit any more."""

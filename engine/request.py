@@ -29,6 +29,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cache_salt: str = ""
     """Prefix-cache blocks are shared only between requests of the same salt."""
     resume: tuple[bytes, ...] = ()
+    tenant: str = ""
+    """Who asks: the scheduler serves tenants in turn."""
 
     @classmethod
     def create(
@@ -39,6 +41,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         *,
         arrival_s: float = 0.0,
         cache_salt: str = "",
+        tenant: str = "",
     ) -> Request:
         """A fresh request; draws a seed when params has none."""
         seed = params.seed if params.seed is not None else secrets.randbits(63)
@@ -49,6 +52,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             seed=seed,
             arrival_s=arrival_s,
             cache_salt=cache_salt,
+            tenant=tenant,
         )
 
     @property

@@ -9,7 +9,7 @@ flight. That is safe because ranks run plans strictly in order: whoever gets the
 
 No deadlock: a sequence is accepted only if it fits into the whole cache alone, and the first-come running one may take
 the blocks of all others. No starvation: seats never outnumber the tokens of a step, so that every running sequence
-advances, and nobody overtakes the head of the queue.
+advances; nobody overtakes the head of the queue, and what a tenant is served puts off its own turn, not another's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.draft import Decodes, Draft, Mask, ScheduledStep
 from engine.sequence import Group, Key, Sequence, SequenceTable, Status
+from engine.shares import Shares
 from engine.waiting_queue import WaitingQueue
 
 
@@ -40,7 +41,8 @@ class Scheduler:
         self._max_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._chunked = config.enable_chunked_prefill
         self._by_priority = config.policy == "priority"
-        self.waiting = WaitingQueue()
+        self.shares = Shares()
+        self.waiting = WaitingQueue(self.shares)
         self._decodes = Decodes([], self.table)
         self._num_left = 0
         """Of the decodes: how many run no more. `_settle` takes them out."""
@@ -90,7 +92,7 @@ class Scheduler:
     def restart(self, num_blocks: int, sequences: Iterable[Sequence]) -> None:
         """Preempt everything and begin with an empty cache. `sequences` are all the unfinished."""
         self.blocks.reset(num_blocks)
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(self.shares)
         self._prefills, self._dropped = [], []
         self._set_decodes([])
         groups: dict[Group, list[Sequence]] = {}
@@ -110,6 +112,8 @@ class Scheduler:
         draft = Draft()
         if self._by_priority:
             self._make_way()
+        if self.shares.num_active > 1:
+            self._claim_share()
         self._settle()
         if not self._chunked:
             # Whole prompts do not fit beside decodes: a step is either.
@@ -220,6 +224,7 @@ class Scheduler:
         if blocks.caching and not sequence.wants_prompt_logprobs:
             self.prefix_query_tokens += sequence.num_tokens
             self.prefix_hit_tokens += num_cached
+        self.shares.charge(sequence.group.tenant, sequence.num_tokens - num_cached)
         draft.new.append(sequence.whole())
         insort(self._prefills, sequence, key=_key)
         self._compute(draft, sequence, min(sequence.num_tokens, num_cached + room))
@@ -250,6 +255,45 @@ class Scheduler:
                 return
             self._preempt(worse.pop())
 
+    def _claim_share(self) -> None:
+        """Preempt running sequences of tenants that hold more than their share, if the head's tenant holds less.
+
+        A share is an equal part of the seats and of the blocks.
+        """
+        head = self.waiting.head()
+        if head is None or head.num_in_flight:
+            return
+        hits = self.blocks.match(head)
+        need = self._blocks_to_start(head, hits)
+        seatless, missing = self.num_running >= self._max_seqs, need - self.blocks.num_free
+        if not seatless and missing <= 0:
+            return
+        running = list(self.running())
+        seats: Counter[int] = Counter()
+        held: Counter[int] = Counter()
+        for sequence in running:
+            seats[sequence.group.tenant] += 1
+            held[sequence.group.tenant] += len(sequence.block_table)
+        tenant, num_active = head.group.tenant, self.shares.num_active
+        seat_share, block_share = max(1, self._max_seqs // num_active), self.blocks.num_blocks // num_active
+        if seats[tenant] >= seat_share or held[tenant] + need > block_share:
+            return
+        chosen: list[Sequence] = []
+        for victim in sorted(running, key=_key, reverse=True):
+            owner, size = victim.group.tenant, len(victim.block_table)
+            if not seatless and missing <= 0:
+                break
+            over = (seatless and seats[owner] > seat_share) or (missing > 0 and held[owner] > block_share)
+            if over and victim.key[0] >= head.key[0]:
+                seatless, missing = False, missing - size
+                seats[owner] -= 1
+                held[owner] -= size
+                chosen.append(victim)
+        if seatless or missing > 0:
+            return  # they would go for nothing
+        for victim in chosen:
+            self._preempt(victim)
+
     def _compute(self, draft: Draft, sequence: Sequence, end: int) -> None:
         """Plan a running prompt's tokens up to `end`; its last chunk draws a token, for its unborn siblings too."""
         row, blocks = sequence.row, self.blocks
@@ -268,6 +312,7 @@ class Scheduler:
                 continue
             blocks.fork(sequence, child)
             child.status = Status.RUNNING
+            child.key = (*sequence.key[:-1], child.index)
             self.table.num_computed[child.row] = end
             self.table.num_slots[child.row] = self.table.num_slots[row]
             self.table.tail_shared[child.row] = self.table.tail_shared[row] = shares_tail
@@ -291,6 +336,7 @@ class Scheduler:
             decodes += [child for child, _ in draft.births]
             self._prefills = [s for s in self._prefills if s.num_computed < s.num_tokens]
         rows = scheduled.rows
+        self.shares.charge_each(table.tenant[rows])
         length = table.length[rows] + 1
         table.length[rows] = length
         drained = length >= table.limit[rows]

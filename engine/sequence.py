@@ -19,7 +19,8 @@ from engine.request import Request, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.step import NewSequence, PromptLogprobs, unpack
 
-Key = tuple[int, float, int, int]
+Key = tuple[int, float, float, int, int]
+"""Priority, turn, arrival, number of arrival, sample. The turn is the waiting queue's to set."""
 
 
 class Status(enum.Enum):
@@ -56,6 +57,8 @@ class SequenceTable:
         """Position of the first token that may be a stop token."""
         self.heeds_eos = np.zeros(num_rows, np.bool_)
         self.has_stop_ids = np.zeros(num_rows, np.bool_)
+        self.tenant = np.zeros(num_rows, np.int32)
+        """Slot of its tenant in Shares."""
         self.tail_shared = np.zeros(num_rows, np.bool_)
         """Its last block may be shared: look before writing."""
         self.last_token_s = np.zeros(num_rows, np.float64)
@@ -133,6 +136,7 @@ class Sequence:
         table.known[row] = table.length[row] = len(self.tokens)
         table.limit[row] = limit
         table.stop_from[row] = self.num_prompt_tokens + params.min_tokens
+        table.tenant[row] = group.tenant
         table.heeds_eos[row] = not params.ignore_eos
         table.has_stop_ids[row] = bool(params.stop_token_ids)
 
@@ -190,10 +194,12 @@ class Sequence:
 class Group:
     """The samples of one request, and what they share."""
 
-    __slots__ = ("accepted_s", "prompt_logprobs", "quiet_params", "request", "sequences", "started", "unborn")
+    __slots__ = ("accepted_s", "prompt_logprobs", "quiet_params", "request", "sequences", "started", "tenant", "unborn")
 
-    def __init__(self, request: Request, accepted_s: float) -> None:
+    def __init__(self, request: Request, accepted_s: float, tenant: int = 0) -> None:
         self.request, self.accepted_s = request, accepted_s
+        self.tenant = tenant
+        """Slot of its tenant in Shares."""
         params = request.params
         self.quiet_params: SamplingParams = params
         """The parameters of samples whose prompt's log-probabilities nobody waits for."""

@@ -17,7 +17,7 @@ TABLE = SequenceTable()
 
 def sequence(tokens: list[int], *, salt: str = "", prompt_logprobs: int | None = None) -> Sequence:
     request = Request.create("r", tokens, SamplingParams(seed=0, prompt_logprobs=prompt_logprobs), cache_salt=salt)
-    return Sequence(Group(request, 0.0), 0, 1, (0, 0.0, 0, 0), 1000, TABLE)
+    return Sequence(Group(request, 0.0), 0, 1, (0, 0.0, 0.0, 0, 0), 1000, TABLE)
 
 
 def filled(blocks: BlockManager, tokens: list[int], **kwargs: str) -> Sequence:

@@ -73,7 +73,9 @@ def requests(draw: st.DrawFn, request_id: str) -> Request:
         priority=draw(st.integers(0, 2)),
     )
     salt = draw(st.sampled_from(["", "", "salt"]))
-    return Request.create(request_id, prompt, params, arrival_s=float(draw(st.integers(0, 3))), cache_salt=salt)
+    tenant = draw(st.sampled_from(["", "", "one", "two"]))
+    arrival_s = float(draw(st.integers(0, 3)))
+    return Request.create(request_id, prompt, params, arrival_s=arrival_s, cache_salt=salt, tenant=tenant)
 
 
 @st.composite

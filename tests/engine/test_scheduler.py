@@ -29,7 +29,7 @@ class Bench:
         prompt = random_prompt(random.Random(number + seed), num_tokens)
         group = Group(Request.create(str(number), prompt, SamplingParams(n=n, seed=1)), 0.0)
         for index in range(n):
-            key = (priority, 0.0, number, index)
+            key = (priority, 0.0, 0.0, number, index)
             group.sequences[index] = Sequence(group, index, self.num_sequences, key, limit, self.scheduler.table)
             self.num_sequences += 1
         self.scheduler.enqueue(group, list(group.sequences.values()))

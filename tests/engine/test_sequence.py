@@ -18,7 +18,7 @@ def make(table: SequenceTable, *, index: int = 0, resume: tuple[bytes, ...] = ()
         seed=11,
         resume=resume,
     )
-    return Sequence(Group(request, 0.0), index, 40 + index, (0, 0.0, 0, index), 20, table)
+    return Sequence(Group(request, 0.0), index, 40 + index, (0, 0.0, 0.0, 0, index), 20, table)
 
 
 def test_a_row_starts_clean_whoever_had_it() -> None:
