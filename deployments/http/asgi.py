@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.http import anthropic, health, openai, pages, responses, tgi, tokenization
+from deployments.http import anthropic, health, openai, openapi, pages, responses, tgi, tokenization
 from deployments.http.context import MAX_REQUEST_ID_CHARS
 from deployments.http.errors import on_error, openai_response
 from deployments.service import ModelService
@@ -26,6 +26,7 @@ ROUTES = [
     *anthropic.ROUTES,
     *tgi.ROUTES,
     *pages.ROUTES,
+    *openapi.ROUTES,
 ]
 
 

@@ -34,7 +34,8 @@ def _file(name: str) -> tuple[bytes, str]:
     return path.read_bytes(), mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
-def _page(name: str) -> Response:
+def page(name: str) -> Response:
+    """A file of deployments/web, with headers that let it ask nobody else. Raises HTTPException 404."""
     content, media_type = _file(name)
     return Response(content, headers={"cache-control": "no-cache", **SECURITY}, media_type=media_type)
 
@@ -43,16 +44,17 @@ async def chat_page(request: Request) -> Response:
     """The chat. Links in it are relative: below a prefix its address must end with a slash."""
     if not request.url.path.endswith("/"):
         return RedirectResponse(request.url.path + "/")
-    return _page("index.html")
+    return page("index.html")
 
 
 async def engine_page(request: Request) -> Response:  # noqa: ARG001
-    return _page("engine.html")
+    """What the engine is doing, as a page."""
+    return page("engine.html")
 
 
 async def web_file(request: Request) -> Response:
     """A file of a page."""
-    return _page(request.path_params["name"])
+    return page(request.path_params["name"])
 
 
 async def engine_state(request: Request) -> Response:
@@ -76,6 +78,7 @@ async def metrics(request: Request) -> Response:
 
 
 async def version_route(request: Request) -> Response:  # noqa: ARG001
+    """The server's version."""
     return Response(_json.encode({"version": product_version()}), media_type="application/json")
 
 

@@ -16,6 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
     [
         ("/", "text/html"),
         ("/engine", "text/html"),
+        ("/docs", "text/html"),
+        ("/web/docs.js", "javascript"),
         ("/web/style.css", "text/css"),
         ("/web/chat.js", "javascript"),
         ("/web/markdown.js", "javascript"),
@@ -72,3 +74,15 @@ def test_metrics_parse(server):
 
 def test_version(server):
     assert httpx.get(f"{server.url}/version").json()["version"]
+
+
+def test_openapi_names_every_route_and_field(server):
+    api = httpx.get(f"{server.url}/openapi.json").json()
+    assert {"/v1/chat/completions", "/v1/messages", "/v1/responses", "/generate", "/tokenize", "/health"} <= set(
+        api["paths"]
+    )
+    for path, methods in api["paths"].items():
+        for method, operation in methods.items():
+            assert operation["summary"], f"{method} {path} has no docstring"
+    chat = api["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+    assert {"messages", "tools", "response_format", "top_k", "guided_json"} <= set(chat)
