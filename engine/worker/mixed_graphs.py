@@ -11,6 +11,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -84,7 +85,7 @@ class MixedGraphs:
         parts = [size, size, size, decodes, decodes, MAX_CHUNKS, MAX_CHUNKS, MAX_CHUNKS + 1]
         return np.concatenate([[0], np.cumsum(parts)]).astype(np.int64)
 
-    def _pack(self, size: int, entries: Entries) -> np.ndarray:  # type: ignore[type-arg]
+    def _pack(self, size: int, entries: Entries) -> npt.NDArray[np.int32]:
         starts = self._layout(size).tolist()
         packed = np.zeros(starts[-1], np.int32)
         parts = [packed[a:b] for a, b in pairwise(starts)]
@@ -99,7 +100,7 @@ class MixedGraphs:
         parts[7][: chunks + 1] = entries.offsets[decodes:]
         return packed
 
-    def _send(self, packed: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _send(self, packed: npt.NDArray[np.int32]) -> None:
         host = torch.from_numpy(packed)
         on_device = self._buffer[: len(packed)]
         on_device.copy_(pinned(host) if on_device.is_cuda else host, non_blocking=True)
