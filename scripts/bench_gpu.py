@@ -134,7 +134,7 @@ class Report:
     def add(self, case: str, engine: str, value: float, unit: str, **more: Any) -> None:
         anchor, limit = ANCHORS.get((self.model, self.tp, case), (None, None))
         row = {"case": case, "engine": engine, "model": self.model, "tp": self.tp, "value": round(value, 3)}
-        row |= {"unit": unit, "anchor": anchor, "limit": limit, **more}
+        row |= {"unit": unit, "anchor": anchor, "limit": limit, "host": versions(), **more}
         self.rows.append(row)
         lower = unit.startswith(("ms", "s"))
         ratio = (anchor / value if lower else value / anchor) if anchor and value else None
@@ -147,7 +147,7 @@ class Report:
             flush=True,
         )
         if self.path is not None:
-            self.path.write_text(json.dumps({"host": versions(), "results": self.rows}, indent=1) + "\n")
+            self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -149,7 +149,7 @@ def main(argv: list[str]) -> int:
             print(f"{name:14}" + "".join(f"{cell:>18}" for cell in cells) + more, flush=True)
             rows.append({"case": f"served {name}", "model": args.shape, "tp": 1, "seen": seen, "anchor": anchors})
             if args.out is not None:
-                args.out.write_text(json.dumps({"host": versions(), "results": rows}, indent=1) + "\n")
+                args.out.write_text(json.dumps([row | {"host": versions()} for row in rows], indent=1) + "\n")
     finally:
         server.stop()
     return int(errors > 0)
