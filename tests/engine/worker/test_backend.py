@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.worker import backend
-from engine.worker.backend import CpuBackend, free_memory_bytes
+from engine.worker.backend import CpuBackend, free_memory_bytes, make_backend
 
 GIB = 2**30
 
@@ -47,3 +49,10 @@ def test_a_control_group_without_a_limit(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_configured_size_is_the_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_CGROUP_FILES", (cgroup(tmp_path, str(100 * GIB), 0),))
     assert cpu_backend(0.01).kv_cache_bytes(lambda: None) == int(0.01 * GIB)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_machine_without_a_gpu_is_named() -> None:
+    config = EngineConfig(model="unused", device="cuda", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="device: 'cuda': torch finds no GPU here"):
+        make_backend(config)
