@@ -55,7 +55,10 @@ class LinearConfig:
 
 @cache
 def _arrived(device: torch.device) -> Tensor:
-    """Counters of arrived ranges a tile, zero between launches; products of one device share one stream."""
+    """Counters of arrived ranges a tile, zero between launches; products of one device share one stream.
+
+    The first product of a process runs outside of a recording, which would not set them to zero.
+    """
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
@@ -228,7 +231,9 @@ def _product(
     row_tiles = -(-rows // config.block_m)
     programs = num_multiprocessors(x.device) * config.programs_per_multiprocessor
     num_ranges = max(1, programs // row_tiles)
-    total = -(-num_columns // config.block_n) * -(-size // config.block_k)
+    num_tiles = -(-num_columns // config.block_n)
+    assert num_tiles * row_tiles <= MAX_TILES
+    total = num_tiles * -(-size // config.block_k)
     per_range = -(-total // num_ranges)
     num_ranges = -(-total // per_range)
     slots = num_ranges * 2 * row_tiles
