@@ -113,7 +113,12 @@ def test_an_answer_is_right_only_when_equal() -> None:
     assert not example.is_right("2")
 
 
-@pytest.mark.parametrize("task, maker", [(task, maker) for task, _, maker in TASKS], ids=str)
+def _name(value: object) -> str:
+    """A parameter's name, the same in every process."""
+    return getattr(value, "__name__", None) or str(value)
+
+
+@pytest.mark.parametrize("task, maker", [(task, maker) for task, _, maker in TASKS], ids=_name)
 def test_training_never_yields_a_held_out_question(task: str, maker: tiny_tasks.Maker) -> None:
     training, held_out = made(maker), made(maker, held_out=True)
     if training[0].key is None:
