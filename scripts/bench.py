@@ -57,7 +57,11 @@ def throughput(args: argparse.Namespace) -> list[Row]:
     from scripts.bench_throughput import measure_throughput
 
     return measure_throughput(
-        args.model, num_requests=args.requests, batch_size=args.transformers_batch, dtype=args.dtype
+        args.model,
+        num_requests=args.requests,
+        batch_size=args.transformers_batch,
+        dtype=args.dtype,
+        threads=args.threads,
     )
 
 
@@ -74,9 +78,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all), or gpu")
     parser.add_argument("--steps", type=int, default=500, help="steps a figure of scheduler and dispatch")
     parser.add_argument("--model", default="configs/tiny", help="throughput: a folder or a hub name")
-    parser.add_argument("--requests", type=int, default=64, help="throughput: length of the trace")
-    parser.add_argument("--transformers-batch", type=int, default=32, help="throughput: size of a static batch")
-    parser.add_argument("--dtype", default="auto", help="throughput: of both")
+    parser.add_argument("--requests", type=int, default=32, help="throughput: length of the trace")
+    parser.add_argument("--transformers-batch", type=int, default=16, help="throughput: size of a static batch")
+    parser.add_argument("--dtype", default="float32", help="throughput: of both (bfloat16 slows Transformers on a CPU)")
+    parser.add_argument("--threads", type=int, default=1, help="throughput: of both, in torch on a CPU")
     parser.add_argument("--no-save", action="store_true", help="write no file")
     args = parser.parse_args(argv)
     unknown = [part for part in args.parts if part not in PARTS]

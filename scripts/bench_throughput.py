@@ -16,9 +16,21 @@ RATIO_LIMIT = 3.0
 
 
 def measure_throughput(
-    model: str = "configs/tiny", *, num_requests: int = 64, batch_size: int = 32, dtype: str = "auto"
+    model: str = "configs/tiny",
+    *,
+    num_requests: int = 64,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    threads: int = 1,
 ) -> list[Row]:
-    """Output tokens a second of `LLM.generate` and of `generate` in Transformers, over one trace of forced lengths."""
+    """Output tokens a second of `LLM.generate` and of `generate` in Transformers, over one trace of forced lengths.
+
+    Sets the number of torch's threads, of this process and for good: on cores that others use too, more than one a
+    process measures their waiting for each other.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
     config = EngineConfig.from_args(model=model, dtype=dtype, enable_prefix_caching=False)
     model_config = ModelConfig.load(config)
     config = resolve(config, model_config)
@@ -26,7 +38,7 @@ def measure_throughput(
     ours, wanted = run_manta(config, trace), sum(length for _, length in trace)
     theirs = run_transformers(model_config.folder, config.dtype, trace, batch_size)
     name = model.rstrip("/").rsplit("/", 1)[-1]
-    note = f"{num_requests} requests, {wanted:,} tokens, {config.dtype}"
+    note = f"{num_requests} requests, {wanted:,} tokens, {config.dtype}, {threads} thread{'s' * (threads > 1)}"
     return [
         Row("chat-offline", name, 1, wanted / ours, "tokens/s", wanted / theirs, lower_is_better=False, note=note),
         Row(
