@@ -14,10 +14,10 @@ import msgspec
 import ray
 
 from cluster.framing import Ticket
-from cluster.placement import Placement, rank_bundle, wait_for
+from cluster.placement import Placement, rank_bundle, shortage, wait_for
 from cluster.worker_actor import MantaWorker, RankFacts, actor_class, environment
 from engine.config import EngineConfig
-from engine.errors import ExecutorDied, MantaError
+from engine.errors import EngineUnavailable, ExecutorDied, MantaError
 from engine.executor import CacheCapacity
 from engine.model_config import ModelConfig
 
@@ -29,6 +29,7 @@ MEET_TIMEOUT_S = 120.0
 SURVIVE_TIMEOUT_S = 2.0
 """How long a rank whose peer died may take to leave its step; then it is replaced too."""
 SAY_EVERY_S = 5.0
+START_NOTE_S = 4.0
 
 
 class Rank(msgspec.Struct):
@@ -105,8 +106,7 @@ class RankGroup:
                 self._ranks[index] = self._spawn(index)
         ranks = self.ranks
         new = [rank for rank in ranks if rank.facts is None]
-        for rank, facts in zip(new, self._gather("starting", [(r, r.actor.facts.remote()) for r in new])):
-            rank.facts = facts
+        self._find(new)
         meeting = self._meeting()
         calls = [
             (rank, (rank.actor.load if rank.capacity is None else rank.actor.rejoin).remote(meeting, MEET_TIMEOUT_S))
@@ -133,6 +133,22 @@ class RankGroup:
         """Start every rank's loop."""
         for rank, ticket in zip(self.ranks, tickets):
             rank.loop = rank.actor.run_loop.remote(ticket)
+
+    def _find(self, new: list[Rank]) -> None:
+        """Wait until the new ranks have processes, and note where; that a node is lost may show only now."""
+        began_s = time.monotonic()
+        refs = [rank.actor.facts.remote() for rank in new]
+        while len(ray.wait(refs, num_returns=len(refs), timeout=START_NOTE_S)[0]) < len(refs):
+            waited_s = time.monotonic() - began_s
+            missing = f"{self.name}: waiting for resources: {shortage(self._placement.group)} ({waited_s:.0f} s)"
+            if waited_s >= self._resources_timeout_s:
+                raise EngineUnavailable(missing, retry_after_s=START_NOTE_S)
+            if waited_s >= 2 * START_NOTE_S:  # a process takes a moment to start even where there is room
+                self._note_wait(missing)
+                logger.warning(missing)
+        self._note_wait("")
+        for rank, facts in zip(new, self._gather("starting", list(zip(new, refs)))):
+            rank.facts = facts
 
     def _spawn(self, index: int) -> Rank:
         resources, name = rank_bundle(self._config), f"{self.name}:rank{index}"
