@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from deployments.caller import ApiKeys
 from engine.config import EngineConfig, config_error
 from engine.errors import ConfigError, MantaError
 from engine.model_config import ModelConfig, resolve
@@ -51,7 +52,13 @@ class AppConfig(EngineConfig):
     autoscaling: AutoscalingSection | None = None
     """Instead of num_replicas."""
     max_ongoing_requests: int | None = Field(None, ge=1)
-    """Requests a replica holds at once, waiting ones included; None: four times the engine's slots, at least 1024."""
+    """Requests that Serve hands a replica at once; None: as many as may run and wait, and some to be refused."""
+    max_waiting_requests: int = Field(1024, ge=1)
+    """Requests without a first token that a replica holds; more are answered with 429 at once."""
+    max_waiting_tokens: int = Field(1_000_000, ge=1)
+    """Their prompt tokens together."""
+    api_keys_file: str | None = None
+    """Keys that clients must show, one a line, NAME=KEY; beside those of the variable MANTA_API_KEYS."""
     request_timeout_s: float | None = Field(None, gt=0)
     """A request that runs longer is aborted and answered with an error."""
     drain_timeout_s: float = Field(60.0, ge=0)
@@ -85,8 +92,8 @@ class AppConfig(EngineConfig):
 
     @property
     def ongoing_requests(self) -> int:
-        """What Serve may hold at one replica; well above the engine's slots, for the engine has a queue of its own."""
-        return self.max_ongoing_requests or max(1024, 4 * self.max_num_seqs)
+        """What Serve may hold at one replica; above what may run and wait there, to refuse the rest at once."""
+        return self.max_ongoing_requests or self.max_num_seqs + 2 * self.max_waiting_requests + 256
 
 
 def locate(name: str) -> str:
@@ -122,6 +129,7 @@ def check(args: Mapping[str, Any]) -> AppConfig:
     """
     config = read_args(args)
     resolve(config, ModelConfig.load(config))
+    ApiKeys.load(config.api_keys_file)
     return config
 
 

@@ -81,9 +81,12 @@ class Generation:
             self._wake()
 
     def expire_after(self, timeout_s: float) -> None:
-        """Fail with DeadlineExceeded when it is not done by then."""
-        error = DeadlineExceeded(f"the request was not finished within {timeout_s:g} s")
-        self._deadline = asyncio.get_running_loop().call_later(timeout_s, self.fail, error)
+        """Abort it and fail with DeadlineExceeded when it is not done by then, whether anybody reads it or not."""
+        self._deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
+
+    def _expire(self, timeout_s: float) -> None:
+        self.fail(DeadlineExceeded(f"the request was not finished within {timeout_s:g} s"))
+        self.release()
 
     def release(self) -> None:
         """Whoever waited is done with it: abort what still runs. Idempotent."""

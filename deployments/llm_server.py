@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.driver import start_driver, stop_driver
 from cluster.driver_client import DriverClient
+from deployments.caller import Caller
 from deployments.config import AppConfig
 from deployments.generation import Generation
 from deployments.http.asgi import create_app
@@ -64,8 +65,9 @@ class LLMServer:
     async def __call__(self, call: Request | Prompt, /, **params: Any) -> Any:
         """Serve one call: an HTTP request, or a prompt from a handle.
 
-        A prompt is a text, token ids or the messages of a chat; params are SamplingParams by name. Returns the text, or
-        a list of n texts; under `handle.options(stream=True)` an async generator of text deltas.
+        A prompt is a text, token ids or the messages of a chat; params are SamplingParams by name, and `timeout`, in
+        seconds, and `tenant`. Returns the text, or a list of n texts; under `handle.options(stream=True)` an async
+        generator of text deltas.
         """
         if isinstance(call, Request):
             return _Served(self._app)
@@ -113,6 +115,12 @@ class LLMServer:
     async def _begin(self, prompt: Prompt, params: dict[str, Any]) -> Generation:
         name = request_id()
         variables = params.pop("chat_template_kwargs", None)
+        caller = Caller()
+        caller.name(params.pop("tenant", None))
+        if (timeout := params.pop("timeout", None)) is not None:
+            caller.wait(timeout, "timeout")
+        service = self.service.seen_by(caller)
+        service.check_room()
         text = None
         try:
             if _is_chat(prompt):
@@ -128,7 +136,7 @@ class LLMServer:
                 )
         except TypeError as error:  # an unknown keyword, or a prompt of another kind
             raise RequestError(str(error)) from None
-        return self.service.generate(ids, chosen, request_id=f"handle-{name}" if name else None, prompt=text)
+        return service.generate(ids, chosen, request_id=f"handle-{name}" if name else None, prompt=text)
 
     # The driver's life
 

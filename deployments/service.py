@@ -7,13 +7,16 @@ request's prompt and tokens so far, which is what lets a request outlive its eng
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from cluster.messages import DriverHealth, error_of
+from deployments.admission import Admission
+from deployments.caller import Caller
 from deployments.config import AppConfig
 from deployments.generation import Batch, Generation
 from engine.errors import EngineUnavailable, MantaError, PromptTooLong, RequestError
@@ -53,6 +56,15 @@ class EngineClient(Protocol):
         ...
 
 
+class _Link:
+    """The engine there is now, shared by all who see the service."""
+
+    def __init__(self) -> None:
+        self.client: EngineClient | None = None
+        self.failure: str | None = None
+        """Why there is no engine and will be none."""
+
+
 class ModelService:
     """Serves one loaded model. Everything but `deliver`'s caller runs on one event loop, and so does that."""
 
@@ -66,21 +78,27 @@ class ModelService:
         self.vocab_size = vocab_size
         self.sampling_defaults = dict(sampling_defaults)
         self.started_s = time.time()
-        self.failure: str | None = None
-        """Why there is no engine and will be none."""
-        self._client: EngineClient | None = None
+        self._link = _Link()
+        self._caller = Caller()
+        self._admission = Admission(config.max_waiting_requests, config.max_waiting_tokens)
         self._outputs = OutputProcessor(tokenizer)
         self._generations: dict[str, Generation] = {}
+
+    def seen_by(self, caller: Caller) -> Self:
+        """The same service, whose requests are `caller`'s."""
+        view = copy.copy(self)
+        view._caller = caller
+        return view
 
     # The engine's side
 
     def attach(self, client: EngineClient) -> None:
         """Send requests to `client` from now on."""
-        self._client = client
+        self._link.client = client
 
     def detach(self) -> None:
         """No engine: new requests are refused with EngineUnavailable, held ones wait."""
-        self._client = None
+        self._link.client = None
 
     def deliver(self, outputs: Sequence[SequenceOutput]) -> None:
         """Take one step's outputs of all requests of this process."""
@@ -91,10 +109,11 @@ class ModelService:
         for delta in processed.deltas:
             generation = self._generations.get(delta.request_id)
             if generation is not None and delta.finish_reason != "error":
+                self._admission.started(delta.request_id)
                 generation.push(delta)
         for request_id, index in processed.aborts:
-            if self._client is not None:
-                self._client.abort(request_id, index)
+            if self._link.client is not None:
+                self._link.client.abort(request_id, index)
         for result in processed.finished:
             generation = self._generations.get(result.request_id)
             if generation is not None:
@@ -120,19 +139,19 @@ class ModelService:
 
     async def health(self) -> DriverHealth:
         """What the engine knows of itself; "failed" when it does not answer or is gone for good."""
-        if self._client is None:
+        if self._link.client is None:
             return DriverHealth(
-                "failed" if self.failure else "recovering", self.failure or "the engine is started again"
+                "failed" if self._link.failure else "recovering", self._link.failure or "the engine is started again"
             )
         try:
-            return await self._client.health()
+            return await self._link.client.health()
         except EngineUnavailable as error:
             return DriverHealth("failed", str(error))
 
     def fail(self, reason: str) -> None:
         """There is no engine and will be none: every held request fails, and so does every new one."""
-        self._client = None
-        self.failure = reason
+        self._link.client = None
+        self._link.failure = reason
         for generation in list(self._generations.values()):
             generation.fail(EngineUnavailable(f"the engine is gone: {reason}"))
 
@@ -149,7 +168,16 @@ class ModelService:
 
     @property
     def available(self) -> bool:
-        return self._client is not None
+        return self._link.client is not None
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a first token."""
+        return len(self._admission)
+
+    def check_room(self, num_tokens: int = 0) -> None:
+        """Raise EngineOverloaded when one more request of that many prompt tokens would have to wait too long."""
+        self._admission.check(self._caller.tenant, num_tokens)
 
     def serves(self, name: str) -> bool:
         """Whether clients may ask for a model called `name`."""
@@ -170,6 +198,7 @@ class ModelService:
             raise RequestError(f"chat_template_kwargs: {clash} cannot be set there", param="chat_template_kwargs")
         size = sum(len(str(m.get("content", ""))) for m in messages if isinstance(m, Mapping))
         if size > LONG_TEXT_CHARS:
+            self.check_room()
             ids = await asyncio.to_thread(self.tokenizer.apply_chat_template, messages, **arguments)
         else:
             ids = self.tokenizer.apply_chat_template(messages, **arguments)
@@ -182,6 +211,7 @@ class ModelService:
         if not prompt:
             raise RequestError("prompt: empty; at least one token is needed", param="prompt")
         if len(prompt) > LONG_TEXT_CHARS:
+            self.check_room()
             return await asyncio.to_thread(prepare_prompt, prompt, params, self.tokenizer, self.vocab_size)
         return prepare_prompt(prompt, params, self.tokenizer, self.vocab_size)
 
@@ -205,25 +235,31 @@ class ModelService:
     ) -> Generation:
         """Start one request. Use the result as an async context manager; what the engine refuses, iterating it raises.
 
-        A request id already in use gets a suffix. Raises RequestError or EngineUnavailable.
+        A request id already in use gets a suffix. timeout_s is a deadline beside the caller's and the configured one.
+        Raises RequestError, EngineOverloaded or EngineUnavailable.
         """
         engine = self._engine()
+        self.check_room(len(prompt_token_ids))
+        tenant = self._caller.tenant
         request_id = request_id or secrets.token_hex(8)
         if request_id in self._generations:
             request_id = f"{request_id}-{secrets.token_hex(4)}"
         params = self._fit(len(prompt_token_ids), params)
-        request = Request.create(request_id, prompt_token_ids, params, arrival_s=time.time(), cache_salt=cache_salt)
+        request = Request.create(
+            request_id, prompt_token_ids, params, arrival_s=time.time(), cache_salt=cache_salt, tenant=tenant
+        )
         generation = Generation(request, self._release)
         self._generations[request_id] = generation
         self._outputs.add(request, prompt)
+        self._admission.add(request_id, tenant, len(prompt_token_ids))
         try:
             engine.submit(request)
         except MantaError:
             self._forget(request_id)
             raise
-        timeout_s = timeout_s or self.config.request_timeout_s
-        if timeout_s is not None:
-            generation.expire_after(timeout_s)
+        limits = [s for s in (timeout_s, self._caller.timeout_s, self.config.request_timeout_s) if s is not None]
+        if limits:
+            generation.expire_after(min(limits))
         return generation
 
     def start_batch(
@@ -244,18 +280,19 @@ class ModelService:
         """Forget a generation, and abort it when it still runs."""
         unfinished = generation.request_id in self._outputs
         self._forget(generation.request_id)
-        if unfinished and self._client is not None:
-            self._client.abort(generation.request_id)
+        if unfinished and self._link.client is not None:
+            self._link.client.abort(generation.request_id)
         _log_end(generation)
 
     def _forget(self, request_id: str) -> None:
         self._outputs.discard(request_id)
+        self._admission.discard(request_id)
         self._generations.pop(request_id, None)
 
     def _engine(self) -> EngineClient:
-        if self._client is None:
-            raise EngineUnavailable(self.failure or "the engine is not running; it is being started again")
-        return self._client
+        if self._link.client is None:
+            raise EngineUnavailable(self._link.failure or "the engine is not running; it is being started again")
+        return self._link.client
 
     def _fit(self, num_prompt_tokens: int, params: SamplingParams) -> SamplingParams:
         """Refuse what the context cannot hold."""

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.caller import ApiKeys
 from deployments.http import anthropic, health, openai, openapi, pages, responses, tgi, tokenization
 from deployments.http.context import MAX_REQUEST_ID_CHARS
 from deployments.http.errors import on_error, openai_response
@@ -31,13 +32,19 @@ ROUTES = [
 
 
 def create_app(service: ModelService, *, echo_request_id: bool = True) -> Starlette:
-    """The application that serves `service` over HTTP. Without echo_request_id the server around it does that."""
+    """The application that serves `service` over HTTP. Without echo_request_id the server around it does that.
+
+    Raises ConfigError when its API keys cannot be read.
+    """
     app = Starlette(
         routes=ROUTES,
         middleware=[Middleware(Frame, echo_request_id=echo_request_id)],
         exception_handlers={MantaError: on_error, HTTPException: on_error},
     )
     app.state.service = service
+    app.state.keys = ApiKeys.load(service.config.api_keys_file)
+    if not len(app.state.keys):
+        logger.info("no API keys: whoever reaches the port may use it")
     app.router.redirect_slashes = False
     return app
 

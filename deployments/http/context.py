@@ -1,14 +1,17 @@
-"""What every route needs: the service, this request's id, a parsed body, a model name that exists."""
+"""What every route needs: the service as its caller sees it, this request's id, a parsed body, a model that exists."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import logging
 from typing import TypeVar
 
 from starlette.requests import Request
 
+from deployments.caller import ApiKeys, Caller
 from deployments.http.body import parse, read_body
-from deployments.http.errors import request_id_of
+from deployments.http.errors import Unauthorized, request_id_of
 from deployments.http.openai_types import GenerationRequest
 from deployments.service import ModelService
 from engine.errors import ModelNotFound, RequestError
@@ -16,6 +19,8 @@ from engine.errors import ModelNotFound, RequestError
 logger = logging.getLogger("ray.serve")
 
 MAX_REQUEST_ID_CHARS = 128
+TENANT_HEADER = "x-manta-tenant"
+TIMEOUT_HEADER = "x-request-timeout"
 IGNORED_HEADER = "x-manta-ignored-fields"
 STAND_INS = ("tgi", "dummy")
 """What clients of Text Generation Inference call the one model of a server."""
@@ -23,10 +28,51 @@ Body = TypeVar("Body", bound=GenerationRequest)
 _told: set[str] = set()
 
 
-def service_of(request: Request) -> ModelService:
-    """The service behind this application."""
+def open_service(request: Request) -> ModelService:
+    """The service behind this application, for what anybody may ask."""
     service: ModelService = request.app.state.service
     return service
+
+
+def service_of(request: Request) -> ModelService:
+    """The service behind this application, as this request's caller sees it. Raises Unauthorized or RequestError."""
+    return open_service(request).seen_by(caller_of(request))
+
+
+def caller_of(request: Request) -> Caller:
+    """Who sent this request, by its headers: the holder of its API key, or else the tenant it names.
+
+    Raises Unauthorized when there are keys and it shows none of them, and RequestError for a bad x-request-timeout.
+    """
+    state = request.scope.setdefault("state", {})
+    caller: Caller | None = state.get("caller")
+    if caller is None:
+        keys: ApiKeys = request.app.state.keys
+        caller = Caller()
+        if len(keys):
+            holder = keys.holder(_shown_key(request))
+            if holder is None:
+                raise Unauthorized(
+                    "an API key that is known here is needed: authorization: Bearer KEY, or x-api-key: KEY"
+                )
+            caller = Caller(holder, trusted=True)
+        caller.name(request.headers.get(TENANT_HEADER))
+        if (timeout := request.headers.get(TIMEOUT_HEADER)) is not None:
+            caller.wait(timeout, TIMEOUT_HEADER)
+        state["caller"] = caller
+    return caller
+
+
+def _shown_key(request: Request) -> str:
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return request.headers.get("x-api-key", "")
 
 
 async def read(request: Request, kind: type[Body]) -> Body:
@@ -34,6 +80,11 @@ async def read(request: Request, kind: type[Body]) -> Body:
     service = service_of(request)
     body = parse(kind, await read_body(request, int(service.config.max_body_mib * 2**20)))
     check_model(service, body.model)
+    caller = caller_of(request)
+    caller.name(body.user)
+    if body.timeout is not None:
+        caller.wait(body.timeout, "timeout")
+    service.check_room()
     return body
 
 

@@ -25,6 +25,16 @@ class NotSupported(RequestError):
     """A field that this server knows and cannot obey."""
 
 
+class Unauthorized(RequestError):
+    """A call without an API key that is known here."""
+
+    http_status = 401
+    kind = "authentication_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="invalid_api_key")
+
+
 class ErrorBody(msgspec.Struct):
     """OpenAI's `error` object."""
 
@@ -53,6 +63,10 @@ def failure_of(error: BaseException) -> Failure:
         retry_after_s = getattr(error, "retry_after_s", None)
         if retry_after_s is not None:
             headers["retry-after"] = str(max(1, round(retry_after_s)))
+        if isinstance(error, Unauthorized):
+            headers["www-authenticate"] = (
+                'Bearer realm="manta", Basic realm="manta"'  # Basic: what a browser can ask for
+            )
         param, code = getattr(error, "param", None), getattr(error, "code", None)
         return Failure(error.http_status, ErrorBody(str(error), error.kind, param, code), headers)
     if isinstance(error, HTTPException):

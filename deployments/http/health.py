@@ -7,20 +7,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from deployments.http.context import service_of
+from deployments.http.context import open_service, service_of
 
 _json = msgspec.json.Encoder()
 
 
 async def health(request: Request) -> Response:
     """200 while the engine works or is being brought back, 503 with the reason when not."""
-    report = await service_of(request).health()
+    report = await open_service(request).health()
     return Response(_json.encode(report), 200 if report.live else 503, media_type="application/json")
 
 
 async def ready(request: Request) -> Response:
     """200 when requests are taken now, 503 with the reason when not."""
-    report = await service_of(request).health()
+    report = await open_service(request).health()
     return Response(_json.encode(report), 200 if report.ready else 503, media_type="application/json")
 
 

@@ -25,6 +25,9 @@ class GenerationRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    """Without API keys: the tenant, for fair shares."""
+    timeout: float | None = None
+    """Seconds after which the request is aborted and answered with 504."""
     request_id: str | None = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None

@@ -69,7 +69,7 @@ def test_tensor_parallel_that_does_not_divide(llama3: Path) -> None:
 @pytest.mark.parametrize(
     "args, key, words",
     [
-        ({"max_seqs": 1}, "max_seqs", "unknown key; allowed: autoscaling, block_size"),
+        ({"max_seqs": 1}, "max_seqs", "unknown key; allowed: api_keys_file, autoscaling"),
         ({"max_num_seqs": 0}, "max_num_seqs", "greater than or equal to 1"),
         ({"max_num_seqs": "many"}, "max_num_seqs", "integer"),
         ({"dtype": "int4"}, "dtype", "'float32'"),
