@@ -20,9 +20,11 @@ ensure_venv() {
     fi
     stamp=".venv/manta-installed$extras"
     wanted="$(cat pyproject.toml constraints.txt scripts/venv.sh | cksum)"
-    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-        return 0
-    fi
+    for candidate in "$stamp" ".venv/manta-installed[dev]"; do # what the tests need includes what serving needs
+        if [ "$(cat "$candidate" 2>/dev/null)" = "$wanted" ]; then
+            return 0
+        fi
+    done
     echo "manta: installing into .venv (several hundred MB the first time)" >&2
     # torch on its own and first: this exact requirement is what picks a CPU wheel where one is offered.
     .venv/bin/python -m pip install --disable-pip-version-check "torch==2.13.0" >&2
