@@ -1,0 +1,350 @@
+"""Break a served model while it streams: `python -m scripts.chaos [--minutes 3] [--seed 0] [--replicas 1] [--short]`.
+
+`--roll` does no harm: it deploys a changed configuration again and again, and no stream may fail.
+
+Streams over HTTP and through handles, greedy and sampled, one sample and two, run all the time; what each must give is
+learnt first, undisturbed. Then a seeded schedule of faults: ranks killed, stopped, two at once and again during the
+recovery, the driver killed, a replica killed when there are others. At the end a table. Exits with 1 when an accepted
+stream ended with other text or without a word, a block was leaked, or an engine recovered from nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import os
+import random
+import signal
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import psutil
+import ray
+from ray import serve
+from tqdm import tqdm
+
+from deployments.app import build
+from scripts.chaos_site import Site
+from scripts.soak import Answer, Job, ask
+
+LOST_AFTER_S = 120.0
+READY_WITHIN_S = 90.0
+REFUSED = ("429:", "503:")
+
+
+@dataclass
+class Tally:
+    """What became of everything."""
+
+    accepted: int = 0
+    identical: int = 0
+    failed: list[str] = field(default_factory=list)
+    """Told by an error."""
+    lost: list[str] = field(default_factory=list)
+    """Ended without a word, with other text, or not at all."""
+    refused: int = 0
+    """Not accepted: 429 or 503 with Retry-After, or no connection; asked again."""
+    longest_pause_s: float = 0.0
+    recovery_s: list[float] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
+    false_alarms: int = 0
+    leaked: int = 0
+
+
+def jobs(count: int, seed: int, max_tokens: int) -> list[Job]:
+    """Completions of a fixed length: greedy and sampled in turn, every fourth of two samples."""
+    rng = random.Random(seed)
+    made = []
+    for number in range(count):
+        body: dict[str, Any] = {"prompt": f"Tell me about {rng.randint(10, 99)}.", "ignore_eos": True, "seed": number}
+        body |= {"max_tokens": rng.randint(max_tokens // 2, max_tokens), "temperature": 0.9 * (number % 2)}
+        if number % 4 == 3:
+            body["n"] = 2
+        made.append(Job("/v1/completions", body, "length"))
+    return made
+
+
+class Load:
+    """Steady streams, each compared with what it must give."""
+
+    def __init__(self, site: Site, todo: list[Job], tally: Tally) -> None:
+        self.site, self.jobs, self.tally = site, todo, tally
+        self.expected: list[dict[int, str]] = []
+        self.stopping = asyncio.Event()
+        limits = httpx.Limits(max_connections=None)
+        self.http = httpx.AsyncClient(base_url=site.url, timeout=LOST_AFTER_S, limits=limits)
+        self._handle = serve.get_app_handle(site.application)
+
+    async def learn(self) -> None:
+        """Ask each request once, with nothing else going on."""
+        for job in tqdm(self.jobs, desc="undisturbed", leave=False):
+            answer = await ask(self.http, job)
+            assert answer.done and answer.error is None, answer
+            self.expected.append(answer.texts)
+
+    async def run(self, worker: int, *, by_handle: bool) -> None:
+        """Ask one request after another until told to stop."""
+        number = worker
+        while not self.stopping.is_set():
+            number = (number + 7) % len(self.jobs)
+            job, want = self.jobs[number], self.expected[number]
+            what = f"{'handle' if by_handle else 'http'} request {number}"
+            try:
+                async with asyncio.timeout(LOST_AFTER_S):
+                    answer = await (self._by_handle(job) if by_handle else self._by_http(job))
+            except TimeoutError:
+                self.tally.accepted += 1
+                self.tally.lost.append(f"{what}: nothing for {LOST_AFTER_S:g} s")
+                continue
+            if answer is None:
+                self.tally.refused += 1
+                await asyncio.sleep(0.5)
+                continue
+            self._judge(what, answer, want)
+
+    def _judge(self, what: str, answer: Answer, want: dict[int, str]) -> None:
+        tally = self.tally
+        tally.accepted += 1
+        if answer.error is not None:
+            tally.failed.append(f"{what}: {answer.error}")
+        elif not answer.done:
+            tally.lost.append(f"{what}: the stream ended without a word")
+        elif answer.texts != want:
+            tally.lost.append(f"{what}: other text: {answer.texts!r:.200}, expected {want!r:.200}")
+        else:
+            tally.identical += 1
+        times = answer.times_s
+        gaps = (late - early for early, late in itertools.pairwise(times))
+        tally.longest_pause_s = max(tally.longest_pause_s, *gaps, 0.0, 0.0)
+
+    async def _by_http(self, job: Job) -> Answer | None:
+        try:
+            answer = await ask(self.http, job)
+        except httpx.ConnectError:
+            return None
+        except httpx.HTTPError as error:
+            return Answer(error=f"connection cut: {error!r}")
+        return None if answer.error is not None and answer.error.startswith(REFUSED) else answer
+
+    async def _by_handle(self, job: Job) -> Answer | None:
+        params = {name: value for name, value in job.body.items() if name != "prompt"}
+        answer = Answer()
+        try:
+            if "n" in params:
+                texts = await self._handle.remote(job.body["prompt"], **params)
+                answer.texts = dict(enumerate(texts))
+            else:
+                pieces = []
+                async for piece in self._handle.options(stream=True).remote(job.body["prompt"], **params):
+                    answer.times_s.append(time.perf_counter())
+                    pieces.append(piece)
+                answer.texts = {0: "".join(pieces)}
+            answer.done = True
+        except Exception as error:  # whatever Ray raises is what a caller is told
+            if "EngineUnavailable" in repr(error) and not answer.times_s:
+                return None
+            answer.error = f"{type(error).__name__}: {error}"[:300]
+        return answer
+
+
+class Faults:
+    """The faults, by name."""
+
+    def __init__(self, site: Site, seed: int, replicas: int, *, roll: bool) -> None:
+        self.site, self.rng = site, random.Random(seed)
+        self._num_rolls = 0
+        if roll:
+            self.by_name: dict[str, Callable[[], Any]] = {"configuration rolled": self.roll}
+            return
+        self.by_name = {
+            "rank killed": self.kill_rank,
+            "driver killed": self.kill_driver,
+            "rank stopped": self.stop_rank,
+            "two ranks killed at once": self.kill_two,
+            "rank killed again during the recovery": self.kill_again,
+        }
+        if replicas > 1:
+            self.by_name["replica killed"] = self.kill_replica
+
+    def names(self) -> list[str]:
+        """One round of all of them, in a seeded order."""
+        return self.rng.sample(list(self.by_name), len(self.by_name))
+
+    async def kill_rank(self) -> None:
+        self._signal(self.rng.choice(self._ranks()), signal.SIGKILL)
+
+    async def stop_rank(self) -> None:
+        self._signal(self.rng.choice(self._ranks()), signal.SIGSTOP)
+
+    async def kill_two(self) -> None:
+        for process in self.rng.sample(self._ranks(), 2):
+            self._signal(process, signal.SIGKILL)
+
+    async def kill_again(self) -> None:
+        await self.kill_rank()
+        await asyncio.sleep(self.rng.uniform(0.5, 2.0))
+        if ranks := self.site.processes("rank"):
+            self._signal(ranks[0], signal.SIGKILL)
+
+    async def kill_driver(self) -> None:
+        self._signal(self.rng.choice(self.site.processes("driver")), signal.SIGKILL)
+
+    async def kill_replica(self) -> None:
+        self._signal(self.rng.choice(self.site.processes("replica")), signal.SIGKILL)
+
+    async def roll(self) -> None:
+        """Deploy the application again, with a change that needs new replicas."""
+        self._num_rolls += 1
+        changed = build({**self.site.args, "max_waiting_requests": 1024 + self._num_rolls})
+        await asyncio.to_thread(serve.run, changed, name=self.site.application, route_prefix="/")
+
+    def _ranks(self) -> list[psutil.Process]:
+        return self.site.processes("rank")
+
+    def _signal(self, process: psutil.Process, number: signal.Signals) -> None:
+        process.send_signal(number)
+
+
+async def engines(http: httpx.AsyncClient, replicas: int) -> dict[str, dict[str, Any]]:
+    """The stats of every replica's engine, by the driver's name; asked until all have answered."""
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(20 * replicas):
+        try:
+            answer = await http.get("/stats")
+        except httpx.HTTPError:
+            continue
+        if answer.status_code == 200:
+            stats = answer.json()
+            found[stats["name"]] = stats
+        if len(found) >= replicas:
+            break
+        await asyncio.sleep(0.05)
+    return found
+
+
+async def settled(load: Load, replicas: int, number_of: dict[str, int]) -> float | None:
+    """Wait until every process is there and a request is answered; the seconds it took, None when it never is."""
+    began_s = time.perf_counter()
+    probe = Job("/v1/completions", {"prompt": "a", "max_tokens": 1}, "length")
+    while time.perf_counter() - began_s < READY_WITHIN_S:
+        await asyncio.sleep(0.1)
+        alive = {kind: len(load.site.processes(kind)) for kind in number_of}
+        stopped = any(p.status() == psutil.STATUS_STOPPED for p in load.site.processes("rank"))
+        if stopped or any(alive[kind] < count for kind, count in number_of.items()):
+            continue
+        try:
+            answers = [await ask(load.http, probe) for _ in range(replicas)]
+        except httpx.HTTPError:
+            continue
+        if all(answer.done and answer.error is None for answer in answers):
+            return time.perf_counter() - began_s
+    return None
+
+
+async def chaos(site: Site, options: argparse.Namespace) -> Tally:
+    """Load, faults, and the reckoning at the end."""
+    tally = Tally()
+    load = Load(site, jobs(options.jobs, options.seed, options.max_tokens), tally)
+    await load.learn()
+    faults = Faults(site, options.seed, options.replicas, roll=options.roll)
+    number_of = {kind: len(site.processes(kind)) for kind in ("rank", "driver", "replica")}
+    by_handle = options.streams // 4
+    workers = [
+        asyncio.ensure_future(load.run(worker, by_handle=worker < by_handle)) for worker in range(options.streams)
+    ]
+    known = await engines(load.http, options.replicas)
+    began_s = time.perf_counter()
+    todo = faults.names()
+    with tqdm(total=round(options.minutes * 60), desc="faults", unit="s") as bar:
+        while todo or time.perf_counter() - began_s < options.minutes * 60:
+            quiet_s = faults.rng.uniform(2, 5)
+            await asyncio.sleep(quiet_s)
+            now = await engines(load.http, options.replicas)
+            for name, stats in now.items():
+                tally.false_alarms += max(0, stats["recoveries"] - known.get(name, stats)["recoveries"])
+            todo = todo or faults.names()
+            fault = todo.pop(0)
+            bar.set_postfix_str(fault)
+            tally.faults[fault] += 1
+            await faults.by_name[fault]()
+            await asyncio.sleep(0.3)
+            ready_s = await settled(load, options.replicas, number_of)
+            if ready_s is None:
+                tally.lost.append(f"not ready {READY_WITHIN_S:g} s after {fault}:\n{''.join(site.output[-30:])}")
+                break
+            tally.recovery_s.append(0.3 + ready_s)
+            known = await engines(load.http, options.replicas)
+            bar.update(min(round(time.perf_counter() - began_s), bar.total) - bar.n)
+    load.stopping.set()
+    await asyncio.gather(*workers)
+    for _ in range(100):
+        last = await engines(load.http, options.replicas)
+        tally.leaked = sum(stats["used_blocks"] for stats in last.values())
+        if not tally.leaked and not any(stats["running"] or stats["waiting"] for stats in last.values()):
+            break
+        await asyncio.sleep(0.1)
+    await load.http.aclose()
+    return tally
+
+
+def report(tally: Tally) -> bool:
+    """Print the table; whether all is well."""
+    told = ", ".join(f"{count} × {name}" for name, count in sorted(tally.faults.items()))
+    rows: list[tuple[str, object]] = [
+        ("faults injected", f"{sum(tally.faults.values())}: {told}"),
+        ("requests accepted", tally.accepted),
+        ("finished identical", tally.identical),
+        ("failed with an error", len(tally.failed)),
+        ("lost", len(tally.lost)),
+        ("blocks leaked", tally.leaked),
+        ("longest pause", f"{tally.longest_pause_s:.1f} s"),
+        ("ready again after", f"{statistics.median(tally.recovery_s or [0.0]):.1f} s (median)"),
+        ("false alarms", tally.false_alarms),
+        ("refused, asked again", tally.refused),
+    ]
+    for name, value in rows:
+        print(f"| {name} | {value} |")
+    for line in [*tally.lost, *tally.failed][:20]:
+        print(line, file=sys.stderr)
+    only_replicas = not tally.failed or tally.faults["replica killed"] > 0
+    return not tally.lost and not tally.leaked and not tally.false_alarms and only_replicas
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=3.0, help="at least; every fault comes at least once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=24, help="different requests")
+    parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--roll", action="store_true", help="only roll the configuration, instead of faults")
+    parser.add_argument("--short", action="store_true", help="every fault once, fewer and shorter streams")
+    options = parser.parse_args(arguments)
+    if options.short:
+        options.minutes, options.streams, options.jobs, options.max_tokens = 0.0, 12, 8, 80
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    changes: dict[str, Any] = {"tensor_parallel_size": 2, "num_replicas": options.replicas, "max_num_seqs": 64}
+    with Site(**changes) as site:
+        os.environ.update(site.environment)
+        ray.init(address="auto", log_to_driver=False)
+        try:
+            tally = asyncio.run(chaos(site, options))
+        finally:
+            ray.shutdown()
+    return 0 if report(tally) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,23 @@
+"""The short form of `python -m scripts.chaos`: every fault once, under load."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from scripts.chaos_site import REPOSITORY
+
+
+@pytest.mark.serve
+def test_nothing_is_lost() -> None:
+    command = [sys.executable, "-m", "scripts.chaos", "--short", "--seed", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-8000:]
+    figures = dict(re.findall(r"^\| ([^|]+) \| (\d+)", done.stdout, re.MULTILINE))
+    assert int(figures["faults injected"]) >= 5
+    assert int(figures["requests accepted"]) == int(figures["finished identical"]) > 10
+    for name in ("failed with an error", "lost", "blocks leaked", "false alarms"):
+        assert figures[name] == "0"
