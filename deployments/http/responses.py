@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from deployments.generation import Generation
 from deployments.http.body import parse, read_body
-from deployments.http.context import check_model, service_of
+from deployments.http.context import caller_of, check_model, service_of
 from deployments.http.errors import NotSupported, failure_of, request_id_of
 from deployments.http.responses_types import ResponsesRequest
 from deployments.http.sse import start_stream, until_disconnect
@@ -99,6 +99,8 @@ async def delete_response(request: Request) -> Response:
 
 
 def _store_of(request: Request) -> ResponseStore:
+    """Earlier responses. Raises Unauthorized."""
+    caller_of(request)
     state = request.app.state
     if not hasattr(state, "responses"):
         state.responses = ResponseStore()

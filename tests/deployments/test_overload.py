@@ -14,7 +14,7 @@ from cluster.driver import Driver
 from cluster.driver_client import DriverClient
 from deployments.caller import KEYS_VARIABLE, ApiKeys, Caller
 from deployments.config import AppConfig
-from deployments.http.asgi import create_app
+from deployments.http.asgi import ROUTES, create_app
 from deployments.service import ModelService
 from engine.errors import ConfigError, RequestError
 from engine.executor import CacheCapacity
@@ -237,6 +237,27 @@ def test_no_key_no_answer_in_every_dialect(locked: AppConfig) -> None:
                 assert (await site.http.get(path)).status_code == 401, path
             for path in ("/health", "/ready"):
                 assert (await site.http.get(path)).status_code == 200, path
+
+    asyncio.run(main())
+
+
+OPEN = {"/health", "/ready", "/version", "/", "/engine", "/docs", "/openapi.json", "/web/{name}"}
+"""Routes that tell nothing of the model's requests: what one of them is goes by GET and without a key."""
+
+
+def test_every_route_wants_a_key_but_those_that_tell_nothing(locked: AppConfig) -> None:
+    async def main() -> None:
+        async with Site(locked) as site:
+            answers = {}
+            for route in ROUTES:
+                for method in sorted((route.methods or set()) - {"HEAD"}):
+                    path = route.path.replace("{id}", "resp_1").replace("{name:path}", "tiny").replace("{name}", "tiny")
+                    if method == "GET" and route.path in OPEN:
+                        continue
+                    answer = await site.http.request(method, path, content=b"{}")
+                    answers[method, route.path] = answer.status_code
+            assert len(answers) > 10
+            assert {key: status for key, status in answers.items() if status != 401} == {}
 
     asyncio.run(main())
 
