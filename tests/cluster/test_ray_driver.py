@@ -114,7 +114,7 @@ def rank_pids(driver):
     return [facts.pid for facts in ray.get(driver.rank_facts.remote())]
 
 
-def wait_all_free(timeout_s=15):
+def wait_all_free(timeout_s=60):
     """Until every resource is back: no actor and no placement group is left."""
     deadline_s = time.monotonic() + timeout_s
     while ray.available_resources().get("CPU") != 4:
@@ -122,10 +122,11 @@ def wait_all_free(timeout_s=15):
         time.sleep(0.05)
 
 
-def socket_folders(pid):
-    """Private socket folders a process listens in."""
-    lines = Path("/proc/net/unix").read_text().splitlines()
-    return {line.split()[-1] for line in lines if "/manta-" in line} if os.path.exists(f"/proc/{pid}") else set()
+def private_sockets(pid):
+    """Sockets in private folders that a process listens on."""
+    own = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    return {line[7] for line in lines if len(line) > 7 and "/manta-" in line[7] and f"socket:[{line[6]}]" in own}
 
 
 @pytest.mark.parametrize(("ranks", "channel"), [(1, "socket"), (2, "actor")])
@@ -157,7 +158,6 @@ def test_killed_and_frozen_ranks_change_no_token(folder, expected):
 
 
 def test_names_and_control_calls_and_the_end(folder):
-    before = socket_folders(os.getpid())
     driver = start_driver(config_of(folder, tensor_parallel_size=2), name="named")
     assert {"manta:named:driver", "manta:named:rank0", "manta:named:rank1"} <= set(list_named_actors())
     assert ray.get(driver.health.remote()).ready
@@ -165,12 +165,13 @@ def test_names_and_control_calls_and_the_end(folder):
     assert (stats["num_blocks"], stats["free_blocks"]) == (120, 120)
     _, pid = ray.get(driver.pid.remote())
     pids = [pid, *rank_pids(driver)]
-    assert len(socket_folders(os.getpid()) - before) == 2
+    sockets = private_sockets(pid)
+    assert len(sockets) == 2
     began_s = time.monotonic()
     stop_driver(driver)
     assert time.monotonic() - began_s < 10
     assert [p for p in pids if is_ray_worker(p)] == []
-    assert socket_folders(os.getpid()) - before == set()
+    assert [path for path in sockets if os.path.exists(path)] == []
     stop_driver(driver)
     wait_all_free()
 
