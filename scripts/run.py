@@ -169,6 +169,7 @@ class Application:
         import ray
 
         ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level="ERROR")
+        _take_signals()
 
     def _status(self) -> Any:
         from ray import serve
@@ -263,6 +264,12 @@ def _end(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
+def _take_signals() -> None:
+    """Let SIGINT and SIGTERM end this program the long way. Again after ray.init, which takes SIGTERM for itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # set even where a shell started this with SIGINT ignored
+        signal.signal(number, _interrupt)
+
+
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -275,8 +282,7 @@ def main(arguments: list[str]) -> int:
     except MantaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for number in (signal.SIGINT, signal.SIGTERM):  # set even where a shell started this with SIGINT ignored
-        signal.signal(number, _interrupt)
+    _take_signals()
     folder = Path(tempfile.mkdtemp(prefix="manta-", dir=_SHORT_TMP))
     written = folder / Path(path).name
     written.write_text(yaml.safe_dump(content, sort_keys=False))
