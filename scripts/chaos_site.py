@@ -60,16 +60,16 @@ class Site:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        family = self._family()
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
-        for process in psutil.wait_procs(family, timeout=5)[1]:
+        for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                process.kill()  # the stopped ones among them
+                if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == str(self._folder):
+                    process.kill()  # stopped ones, and any that outlived the launcher
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def processes(self, kind: str) -> list[psutil.Process]:
