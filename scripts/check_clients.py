@@ -23,18 +23,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = sorted(path.stem.removeprefix("with_") for path in (ROOT / "scripts" / "clients").glob("with_*.py"))
 PACKAGES = [
-    "openai",
-    "huggingface_hub",
-    "anthropic",
-    "langchain-openai",
-    "llama-index-llms-openai-like",
-    "litellm",
-    "lm-eval[api]",
-    "transformers>=5",
-    "torch",
-    "locust",
-    "schemathesis",
+    "openai==2.54.0",
+    "huggingface_hub==1.33.0",
+    "anthropic==2.12.0",
+    "langchain-openai==1.7.3",
+    "llama-index-llms-openai-like==0.8.1",
+    "litellm==1.106.2",
+    "lm-eval[api]==0.4.13",
+    "transformers==5.23.0",
+    "torch==2.13.0",
+    "locust==2.47.0",
+    "schemathesis==4.32.5",
 ]
+"""Exact, so that pip need not search: litellm asks for an openai below 3."""
 ALONE = ["text-generation==0.7.0"]
 """Asks for a huggingface-hub older than transformers does; it runs with the newer one."""
 TIMEOUT_S = 300
