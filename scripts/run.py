@@ -161,6 +161,8 @@ class Application:
         from ray import serve
 
         if ray.is_initialized():
+            with contextlib.suppress(Exception):  # it may be gone already
+                serve.delete(self.name)  # replicas finish what they run; a shutdown alone ends the proxy under it
             serve.shutdown()
             ray.shutdown()
 
