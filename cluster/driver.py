@@ -6,9 +6,11 @@ import contextlib
 import gc
 import logging
 import os
+import queue
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 import ray
@@ -30,7 +32,7 @@ from cluster.messages import (
     decode_for_driver,
     encode,
 )
-from cluster.metrics import RayMetrics, snapshot
+from cluster.metrics import Buckets, RayMetrics, buckets, snapshot
 from cluster.placement import DRIVER_CPUS, shortage, wait_for
 from cluster.rank_group import end_process, free_name
 from cluster.ray_executor import RayExecutor
@@ -45,6 +47,8 @@ from engine.picture import picture
 from engine.request import SequenceOutput
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_CLIENT_BYTES = 64 << 20
 """A client that leaves more than this unread is disconnected, and its requests aborted."""
@@ -108,6 +112,10 @@ class Driver:
     def stats(self) -> dict[str, Any]:
         """Counters and gauges by name; call it on the loop's thread, between two steps."""
         return {"name": self.name, "uptime_s": time.monotonic() - self._started_s, **snapshot(self.engine)}
+
+    def measured(self) -> tuple[dict[str, Any], dict[str, Buckets]]:
+        """What RayMetrics exports; call it where stats is called."""
+        return self.stats(), buckets(self.engine.metrics)
 
     # The hub's thread
 
@@ -204,7 +212,7 @@ class MantaDriver:
         metrics = RayMetrics(self._name)
         while not self._stopped.wait(EXPORT_EVERY_S):
             with contextlib.suppress(EngineUnavailable):
-                metrics.export(self._stats())
+                metrics.export(*self._between_steps(self._driver.measured))
 
     @on_thread(CONTROL)
     def ticket(self, node_id: str) -> Ticket:
@@ -233,20 +241,15 @@ class MantaDriver:
     @on_thread(CONTROL)
     def stats(self) -> dict[str, Any]:
         """See cluster.metrics.snapshot. Raises EngineUnavailable when the loop does not answer in 5 s."""
-        return self._stats()
+        return self._between_steps(self._driver.stats)
 
-    def _stats(self) -> dict[str, Any]:
-        answer: dict[str, Any] = {}
-        told = threading.Event()
-
-        def tell() -> None:
-            answer.update(self._driver.stats())
-            told.set()
-
-        self._driver.loop.post(None, Call(tell))
-        if not told.wait(5):
-            raise EngineUnavailable(f"{self._name}: the loop is busy or recovering")
-        return answer
+    def _between_steps(self, ask: Callable[[], T]) -> T:
+        answers: queue.SimpleQueue[T] = queue.SimpleQueue()
+        self._driver.loop.post(None, Call(lambda: answers.put(ask())))
+        try:
+            return answers.get(timeout=5)
+        except queue.Empty:
+            raise EngineUnavailable(f"{self._name}: the loop is busy or recovering") from None
 
     @on_thread(CONTROL)
     def pid(self) -> tuple[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from ray.util.metrics import Counter, Gauge
@@ -38,11 +38,12 @@ COUNTERS = {
     "recoveries": "Restarts of the ranks",
 }
 TIMES = {
-    "queue_s": "Acceptance to first step",
-    "first_token_s": "Acceptance to first token",
-    "token_gap_s": "Between two tokens of a sample",
-    "step_s": "Time of the ranks for a step",
+    "queue_s": ("queue_seconds", "Acceptance to first step"),
+    "first_token_s": ("first_token_seconds", "Acceptance to first token"),
+    "token_gap_s": ("token_gap_seconds", "Between two tokens of a sample"),
+    "step_s": ("step_seconds", "Time of the ranks for a step"),
 }
+"""A histogram of EngineMetrics: its exported name, and what it measures."""
 QUANTILES = (0.5, 0.9, 0.99)
 
 
@@ -73,31 +74,54 @@ def _times(metrics: EngineMetrics) -> Stats:
     return times
 
 
+class Buckets(NamedTuple):
+    """A histogram as Prometheus counts: values up to each bound ("+Inf" the last), and the sum of all values."""
+
+    counts: dict[str, int]
+    sum: float
+
+
+def buckets(metrics: EngineMetrics) -> dict[str, Buckets]:
+    """The histograms of TIMES; call it where snapshot is called."""
+    found = {}
+    for name in TIMES:
+        histogram: Histogram = getattr(metrics, name)
+        edges = [*(f"{bound:g}" for bound in histogram.bounds), "+Inf"]
+        found[name] = Buckets(dict(zip(edges, histogram.counts.cumsum().tolist(), strict=True)), histogram.sum)
+    return found
+
+
 class RayMetrics:
-    """Exports snapshots of one engine, tagged with its driver's name. Not for two threads."""
+    """Exports snapshots of one engine, tagged with its driver's name. Not for two threads.
+
+    Histograms go out as counters with a tag `le`, which histogram_quantile reads: Ray's own Histogram would want every
+    value by itself, thousands a second.
+    """
 
     def __init__(self, driver: str) -> None:
         self._tags = {"driver": driver}
-        self._told: dict[str, float] = {}
+        self._told: dict[tuple[str, str], float] = {}
         keys = ("driver",)
         self._gauges = {name: Gauge(f"manta_{name}", text, keys) for name, text in GAUGES.items()}
         self._counters = {name: Counter(f"manta_{name}", text, keys) for name, text in COUNTERS.items()}
-        self._times = {
-            name: Gauge(f"manta_{name}", f"{text}, seconds, by quantile", (*keys, "quantile"))
-            for name, text in TIMES.items()
-        }
+        for name, (exported, text) in TIMES.items():
+            self._counters[f"{name}_sum"] = Counter(f"manta_{exported}_sum", f"{text}, summed", keys)
+            self._counters[f"{name}_bucket"] = Counter(f"manta_{exported}_bucket", f"{text}, up to le", (*keys, "le"))
 
-    def export(self, stats: Stats) -> None:
+    def export(self, stats: Stats, times: dict[str, Buckets]) -> None:
         """Hand one snapshot to Ray."""
         for name, gauge in self._gauges.items():
             gauge.set(stats[name], self._tags)
-        for name, counter in self._counters.items():
-            grown = stats[name] - self._told.get(name, 0)
-            if grown > 0:
-                counter.inc(grown, self._tags)
-            self._told[name] = stats[name]
-        for name, times in self._times.items():
-            for share in QUANTILES:
-                value = stats.get(f"{name}_p{share * 100:g}")
-                if value is not None:
-                    times.set(value, {**self._tags, "quantile": f"{share:g}"})
+        for name in COUNTERS:
+            self._grow(name, stats[name], self._tags)
+        for name, histogram in times.items():
+            self._grow(f"{name}_sum", histogram.sum, self._tags)
+            for edge, count in histogram.counts.items():
+                self._grow(f"{name}_bucket", count, {**self._tags, "le": edge})
+
+    def _grow(self, name: str, value: float, tags: dict[str, str]) -> None:
+        key = (name, tags.get("le", ""))
+        grown = value - self._told.get(key, 0)
+        if grown > 0:
+            self._counters[name].inc(grown, tags)
+            self._told[key] = value

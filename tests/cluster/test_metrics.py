@@ -1,6 +1,6 @@
 import math
 
-from cluster.metrics import COUNTERS, GAUGES, QUANTILES, TIMES, RayMetrics, snapshot
+from cluster.metrics import COUNTERS, GAUGES, QUANTILES, TIMES, Buckets, RayMetrics, buckets, snapshot
 from engine.llm_engine import LLMEngine
 from engine.request import Request
 from engine.sampling_params import SamplingParams
@@ -33,20 +33,43 @@ def test_nothing_measured_is_nothing_said():
     assert stats["kv_utilization"] == 1.0
 
 
+class Ear:
+    def __init__(self):
+        self.told = []
+
+    def inc(self, value, tags):
+        self.told.append((value, tags))
+
+
 def test_counters_grow_by_what_is_new():
-    told = []
-
-    class Ear:
-        def inc(self, value, tags):
-            told.append((value, tags))
-
-    metrics = RayMetrics("a driver")
-    metrics._counters = {"generated_tokens": Ear()}
+    metrics, ear = RayMetrics("a driver"), Ear()
+    metrics._counters["generated_tokens"] = ear
     engine = run_engine(2)
-    metrics.export(snapshot(engine))
-    metrics.export(snapshot(engine))
+    metrics.export(snapshot(engine), {})
+    metrics.export(snapshot(engine), {})
     engine.add_request(Request.create("more", [5], SamplingParams(max_tokens=3, ignore_eos=True, temperature=0)))
     while engine.has_unfinished:
         engine.step()
-    metrics.export(snapshot(engine))
-    assert told == [(12, {"driver": "a driver"}), (3, {"driver": "a driver"})]
+    metrics.export(snapshot(engine), {})
+    assert ear.told == [(12, {"driver": "a driver"}), (3, {"driver": "a driver"})]
+
+
+def test_buckets_count_up_to_their_bound():
+    engine = run_engine(0)
+    for value in (0.0001, 0.0003, 0.004, 1e6):
+        engine.metrics.step_s.observe(value)
+    found = buckets(engine.metrics)
+    assert found.keys() == TIMES.keys()
+    counts, total = found["step_s"]
+    assert [counts[edge] for edge in ("0.0001", "0.0002", "0.0005", "0.005", "500", "+Inf")] == [1, 1, 2, 3, 3, 4]
+    assert total == 1e6 + 0.0044
+
+
+def test_histograms_grow_bucket_by_bucket():
+    metrics, ear, summed = RayMetrics("a driver"), Ear(), Ear()
+    metrics._counters |= {"queue_s_bucket": ear, "queue_s_sum": summed}
+    stats = snapshot(run_engine(0))
+    metrics.export(stats, {"queue_s": Buckets({"1": 1, "2": 1, "+Inf": 2}, 3.5)})
+    metrics.export(stats, {"queue_s": Buckets({"1": 1, "2": 2, "+Inf": 3}, 5.0)})
+    assert [(value, tags["le"]) for value, tags in ear.told] == [(1, "1"), (1, "2"), (2, "+Inf"), (1, "2"), (1, "+Inf")]
+    assert [value for value, _ in summed.told] == [3.5, 1.5]
