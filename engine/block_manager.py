@@ -130,7 +130,7 @@ class BlockManager:
 
         The last token is left out because its logits are wanted, which no cache holds. Nothing is taken yet.
         """
-        if not self.caching or sequence.wants_prompt_logprobs:
+        if not self.caching or sequence.computes_all:
             return []
         hits: list[int] = []
         for index in range((len(sequence.tokens) - 1) // self.block_size):

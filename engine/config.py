@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.errors import ConfigError
+from engine.step import Pooling
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -29,6 +30,8 @@ class EngineConfig(BaseModel):
     chat_template: str | None = None
     """A Jinja file (or the template itself) instead of the tokenizer's own."""
     dtype: DType = "auto"
+    pooling: Pooling = "last"
+    """How a prompt that is embedded becomes one vector: its last hidden state, or the mean of all."""
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     """dummy: random weights, for speed runs; no weight file is read."""
     max_model_len: int | None = Field(None, ge=1)

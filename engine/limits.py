@@ -34,20 +34,23 @@ class Limits:
         for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             if ids := getattr(params, field):
                 self._check_tokens(field, np.array(list(ids), np.int64))
-        self._check_length(count)
+        self._check_length(count, embeds=request.pooling is not None)
 
     def length(self, request: Request) -> int:
         """Prompt and output tokens at which its samples end: max_tokens, the context, the cache.
 
         The last token needs no slot in the cache: it is drawn, but not computed.
         """
-        limit = min(self._config.model_len, self._num_blocks * self._block_size + 1)
+        slots = self._num_blocks * self._block_size
+        if request.pooling is not None:
+            return min(request.num_prompt_tokens, slots) + 1
+        limit = min(self._config.model_len, slots + 1)
         asked = request.params.max_tokens
         return limit if asked is None else min(limit, request.num_prompt_tokens + asked)
 
-    def _check_length(self, count: int) -> None:
+    def _check_length(self, count: int, *, embeds: bool) -> None:
         config, slots = self._config, self._num_blocks * self._block_size
-        room = config.model_len - 1
+        room = config.model_len if embeds else config.model_len - 1
         if count > room:
             what = f"max_model_len ({config.model_len}) leaves room for {room}"
         elif count > slots:

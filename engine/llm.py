@@ -8,7 +8,7 @@ import random
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -16,7 +16,8 @@ import msgspec
 
 from engine.chat_template import Messages, read_template
 from engine.config import EngineConfig
-from engine.errors import ExecutorDied, RequestError
+from engine.embedding import Embedding, EmbeddingRequestOutput, check_dimensions, embedding_params, unit_vector
+from engine.errors import ExecutorDied, RequestError, RequestFailed
 from engine.executor import Executor
 from engine.llm_engine import LLMEngine
 from engine.model_config import ModelConfig, resolve
@@ -24,6 +25,7 @@ from engine.output import OutputProcessor, RequestOutput
 from engine.prompts import Prompt, prompt_list, split_prompt
 from engine.request import Request
 from engine.sampling_params import SamplingParams
+from engine.step import Pooling
 from engine.tokenizer import Tokenizer, default_sampling, prepare_params, prepare_prompt
 from engine.vllm_arguments import translate
 
@@ -43,6 +45,7 @@ class _Prepared:
     token_ids: list[int]
     params: SamplingParams
     cache_salt: str
+    pooling: Pooling | None = None
 
 
 class LLM:
@@ -165,6 +168,43 @@ class LLM:
             prepared.append(self._prepare({"prompt": text, "prompt_token_ids": token_ids}, conversation_params))
         return self._run(prepared, use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling | None = None,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Embed one prompt or a list of them, as vectors of length 1; the results are in the prompts' order.
+
+        Each vector is made of the model's last hidden states, after its last norm: that of the last token, or with
+        pooling "mean" the mean of all; None is the configuration's `pooling`. `dimensions` keeps so many numbers of
+        each. Raises RequestError as `generate` does, and RequestFailed for a prompt that cannot be finished.
+        """
+        _refuse_lora(lora_request)
+        check_dimensions(dimensions, self.model_config.hidden_size)
+        if pooling not in (None, "mean", "last"):
+            raise RequestError(f"pooling: got {pooling!r:.50}, allowed: mean or last", param="pooling")
+        params = embedding_params(truncate_prompt_tokens)
+        how = pooling or self.config.pooling
+        prepared = [replace(self._prepare(prompt, params), pooling=how) for prompt in prompt_list(prompts)]
+        results = self._run(prepared, use_tqdm)
+        for result in results:
+            if result.error is not None:
+                raise RequestFailed(result.error)
+        return [
+            EmbeddingRequestOutput(
+                result.request_id,
+                Embedding(unit_vector(result, dimensions).tolist()),
+                result.prompt_token_ids,
+                result.num_cached_tokens,
+            )
+            for result in results
+        ]
+
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer."""
         return self._tokenizer.hf
@@ -252,6 +292,7 @@ class LLM:
             prepared.params,
             arrival_s=time.time(),
             cache_salt=prepared.cache_salt,
+            pooling=prepared.pooling,
         )
         self._num_requests += 1
         if self._seeds is not None and prepared.params.seed is None:

@@ -306,7 +306,8 @@ class LLMEngine:
         outputs = [SequenceOutput(s.request_id, s.index, [token]) for s, token in zip(samples, drawn)]
         for index, entry in logprobs.items():
             outputs[index].logprobs = [entry]
-        self.metrics.generated_tokens += len(samples)
+        num_pooled = _take_vectors(scheduled, result, samples, outputs) if result.pooled else 0
+        self.metrics.generated_tokens += len(samples) - num_pooled
         self._note_token_times(samples, rows, outputs)
         if self.blocks.caching:
             for index in np.flatnonzero(known % self.blocks.block_size == 0).tolist():
@@ -337,6 +338,8 @@ class LLMEngine:
     def _ended(self, sequence: Sequence, last: int) -> tuple[str, int | None] | None:
         """Whether a sequence ends with its `last` token: finish reason and stop reason."""
         params = sequence.group.request.params
+        if sequence.group.request.pooling is not None:
+            return "stop", None
         if sequence.num_output_tokens > params.min_tokens:
             if self._is_eos[last] and not params.ignore_eos:
                 return "stop", None
@@ -404,6 +407,19 @@ class LLMEngine:
                     self._listeners.pop(sequence.seq_id, None)
             gaps = gaps[~first]
         self.metrics.token_gap_s.observe_many(gaps)
+
+
+def _take_vectors(
+    scheduled: ScheduledStep, result: StepResult, samples: list[Sequence], outputs: list[SequenceOutput]
+) -> int:
+    """Give the outputs of embedded prompts their vectors instead of their tokens; how many there are."""
+    vectors = {scheduled.samples[part.sample].seq_id: part.vector for part in result.pooled}
+    count = 0
+    for sequence, output in zip(samples, outputs):
+        if (vector := vectors.get(sequence.seq_id)) is not None:
+            output.embedding, output.token_ids = vector, []
+            count += 1
+    return count
 
 
 def _token_logprobs(entry: SampledLogprobs) -> TokenLogprobs:

@@ -62,6 +62,8 @@ class RequestOutput:
     """Tokens drawn in all, samples that best_of left out included."""
     error: str | None = None
     """What went wrong, when a sample finished with "error"."""
+    embedding: bytes | None = None
+    """float32 [hidden_size] of a prompt that was embedded; not normalised. See engine.embedding."""
 
 
 @dataclass(slots=True)
@@ -156,6 +158,7 @@ class _RequestState:
     __slots__ = (
         "chooses_best",
         "done",
+        "embedding",
         "error",
         "num_cached_tokens",
         "prompt",
@@ -176,6 +179,7 @@ class _RequestState:
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self.error: str | None = None
+        self.embedding: bytes | None = None
 
     def take(self, output: SequenceOutput) -> OutputDelta:
         if output.num_cached_tokens:
@@ -188,6 +192,8 @@ class _RequestState:
             ]
         if output.error is not None:
             self.error = output.error
+        if output.embedding is not None:
+            self.embedding = output.embedding
         return self.samples[output.index].take(output)
 
     def result(self) -> RequestOutput:
@@ -204,6 +210,7 @@ class _RequestState:
             num_cached_tokens=self.num_cached_tokens,
             num_completion_tokens=sum(len(sample.token_ids) for sample in self.samples),
             error=self.error,
+            embedding=self.embedding,
         )
 
 

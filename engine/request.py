@@ -7,7 +7,7 @@ import secrets
 import msgspec
 
 from engine.sampling_params import SamplingParams
-from engine.step import pack, unpack
+from engine.step import Pooling, pack, unpack
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: far-apart seeds for the samples of one request
 
@@ -31,6 +31,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     resume: tuple[bytes, ...] = ()
     tenant: str = ""
     """Who asks: the scheduler serves tenants in turn."""
+    pooling: Pooling | None = None
+    """Embed the prompt rather than go on from it: its one output has the vector and no token."""
 
     @classmethod
     def create(
@@ -42,6 +44,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         arrival_s: float = 0.0,
         cache_salt: str = "",
         tenant: str = "",
+        pooling: Pooling | None = None,
     ) -> Request:
         """A fresh request; draws a seed when params has none."""
         seed = params.seed if params.seed is not None else secrets.randbits(63)
@@ -53,6 +56,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             arrival_s=arrival_s,
             cache_salt=cache_salt,
             tenant=tenant,
+            pooling=pooling,
         )
 
     @property
@@ -101,3 +105,5 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     """Beside `error`: the error's class name under "class" and its own fields; see cluster.messages.error_of."""
     matched: bool = False
     """With finish_reason "stop": its grammar came to an end with the last token, which is text, not a stop token."""
+    embedding: bytes | None = None
+    """float32 [hidden_size], of a request with pooling; not normalised."""

@@ -221,7 +221,7 @@ class Scheduler:
         self.table.num_computed[sequence.row] = self.table.num_slots[sequence.row] = num_cached
         if sequence.num_output_tokens == 0:
             sequence.num_cached = num_cached
-        if blocks.caching and not sequence.wants_prompt_logprobs:
+        if blocks.caching and not sequence.computes_all:
             self.prefix_query_tokens += sequence.num_tokens
             self.prefix_hit_tokens += num_cached
         self.shares.charge(sequence.group.tenant, sequence.num_tokens - num_cached)

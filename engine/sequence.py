@@ -166,6 +166,11 @@ class Sequence:
         """Whether its prompt must be computed whole because somebody waits for the log-probabilities."""
         return self.index == 0 and self.group.prompt_logprobs is not None
 
+    @property
+    def computes_all(self) -> bool:
+        """Whether every token of its prompt must be computed, found in the prefix cache or not."""
+        return self.wants_prompt_logprobs or self.group.request.pooling == "mean"
+
     def forget_blocks(self) -> None:
         """Nothing is computed any more; its blocks were given back."""
         table, row = self.table, self.row
@@ -188,6 +193,7 @@ class Sequence:
             block_table=array("i", self.block_table).tobytes(),
             params=self.group.request.params if self.wants_prompt_logprobs else self.group.quiet_params,
             seed=self.seed,
+            pooling=self.group.request.pooling,
         )
 
 

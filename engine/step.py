@@ -18,7 +18,7 @@ The token drawn in 6 may be an input of the next plan before any process has rea
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -27,6 +27,8 @@ import numpy.typing as npt
 from engine.sampling_params import SamplingParams
 
 Int32Array = npt.NDArray[np.int32]
+Pooling = Literal["mean", "last"]
+"""How a prompt's hidden states become one vector."""
 
 
 def pack(values: Iterable[int] | Int32Array) -> bytes:
@@ -55,6 +57,8 @@ class NewSequence(msgspec.Struct, array_like=True, gc=False):
     params: SamplingParams
     seed: int
     """This sample's own seed; draws are keyed by (seed, position of the token drawn)."""
+    pooling: Pooling | None = None
+    """Its prompt's pooled hidden states are wanted; the token it draws is 0 and means nothing."""
 
 
 class StepPlan(msgspec.Struct, array_like=True, gc=False):
@@ -132,6 +136,15 @@ class PromptLogprobs(msgspec.Struct, array_like=True, gc=False):
     """float32 [count, k]."""
 
 
+class Pooled(msgspec.Struct, array_like=True, gc=False):
+    """The pooled hidden states of one prompt, after the model's last norm."""
+
+    sample: int
+    """Index into the plan's sample_seqs."""
+    vector: bytes
+    """float32 [hidden_size]."""
+
+
 class StepResult(msgspec.Struct, array_like=True, gc=False):
     """What rank 0 answers to a plan."""
 
@@ -143,6 +156,7 @@ class StepResult(msgspec.Struct, array_like=True, gc=False):
     prompt_logprobs: list[PromptLogprobs] = []
     device_s: float = 0.0
     """Seconds the ranks spent on the step."""
+    pooled: list[Pooled] = []
 
 
 _encoder = msgspec.msgpack.Encoder()

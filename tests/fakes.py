@@ -16,6 +16,7 @@ from engine.request import Request, SequenceOutput
 from engine.sampling_params import SamplingParams
 from engine.step import (
     NewSequence,
+    Pooled,
     PromptLogprobs,
     SampledLogprobs,
     StepMasks,
@@ -66,6 +67,11 @@ def fake_logprob(state: int, token: int) -> float:
     return -(mix(state, token, 7) % 4096) / 256
 
 
+def fake_vector(states: list[int]) -> bytes:
+    """What the states of some tokens are pooled to."""
+    return np.array([sum(state % 4096 for state in states) / len(states)], "<f4").tobytes()
+
+
 class _Mirror:
     """What a rank holds of one sequence."""
 
@@ -74,6 +80,8 @@ class _Mirror:
         self.tokens: list[int] = unpack(new.token_ids).tolist()
         self.computed = new.num_computed
         self.table: list[int] = unpack(new.block_table).tolist()
+        self.seen: list[int] = []
+        """What every token computed here left behind: a mean needs all of them."""
 
 
 class HashExecutor:
@@ -278,6 +286,7 @@ class HashExecutor:
             )
             values.append(self.model(values, mirror.tokens[position]))
             self._slots[block][position % size] = values[-1]
+            mirror.seen.append(values[-1])
         mirror.computed = end
         return values[start:]
 
@@ -299,6 +308,12 @@ class HashExecutor:
             ).tobytes(),
         )
 
+    def _vector(self, mirror: _Mirror, state: int) -> bytes:
+        """The pooled states of a prompt: one number."""
+        if mirror.new.pooling == "mean":
+            assert len(mirror.seen) == mirror.new.num_prompt_tokens, "a mean of some tokens only"
+        return fake_vector(mirror.seen if mirror.new.pooling == "mean" else [state])
+
     def _draw(
         self,
         plan: StepPlan,
@@ -315,6 +330,11 @@ class HashExecutor:
             assert mirror.tokens == entries[entry][0].tokens[: entries[entry][0].computed], "draws from other tokens"
             assert mirror.computed == len(mirror.tokens), "draws before all its tokens are computed"
             position, prompt = len(mirror.tokens), mirror.new.num_prompt_tokens
+            if mirror.new.pooling is not None:
+                assert position == prompt, "an embedded prompt grew"
+                result.pooled.append(Pooled(sample, self._vector(mirror, state)))
+                drawn.append(0)
+                continue
             assert position < self.config.model_len, "draws past max_model_len"
             assert params.max_tokens is None or position < prompt + params.max_tokens, "draws past max_tokens"
             token = draw(state, params, mirror.new.seed, position, prompt, self.eos_every)

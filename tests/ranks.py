@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.model_config import ModelConfig, resolve
 from engine.parallel.group import connect
 from engine.sampling_params import SamplingParams
-from engine.step import NewSequence, StepPlan, StepResult, decode_plan, encode, pack, unpack
+from engine.step import NewSequence, Pooling, StepPlan, StepResult, decode_plan, encode, pack, unpack
 from engine.worker.worker import Worker
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -71,11 +71,14 @@ class Ranks:
         num_computed: int = 0,
         table: Sequence[int] = (),
         seed: int = 0,
+        pooling: Pooling | None = None,
     ) -> None:
         """Send a sequence whole with the next plan."""
         num_prompt = len(tokens) if num_prompt is None else num_prompt
         self._new.append(
-            NewSequence(seq_id, f"r{seq_id}", pack(tokens), num_prompt, num_computed, pack(table), params, seed)
+            NewSequence(
+                seq_id, f"r{seq_id}", pack(tokens), num_prompt, num_computed, pack(table), params, seed, pooling
+            )
         )
         self._lengths[seq_id], self._computed[seq_id] = len(tokens), num_computed
         self.tables[seq_id] = list(table)

@@ -20,6 +20,7 @@ from engine.worker.batch import Batch, Entries, Int64Array
 from engine.worker.cuda_graphs import DecodeGraphs
 from engine.worker.kv_cache import KvCache
 from engine.worker.mixed_graphs import DEPENDENT_LAUNCH_TOKENS, MixedGraphs
+from engine.worker.pooling import Pooler
 from engine.worker.recorder import Recorder
 from engine.worker.sampler import Sampler, prompt_logprobs, sampled_logprobs
 from engine.worker.sampling_state import PROMPT_LOGPROBS, SamplingState
@@ -57,6 +58,7 @@ class ModelRunner:
             self.batch, config.max_num_seqs, model_config.vocab_size, model_config.eos_token_ids
         )
         self._sampler = Sampler(self.batch, self._state)
+        self._pooler = Pooler(self.batch, model_config.hidden_size)
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         if graphs:
@@ -99,16 +101,26 @@ class ModelRunner:
             return self._decode(self._graphs, plan, entries, slots, masks)
         hidden = self._forward(entries)
         prompts = list(self._prompt_logprobs(plan, entries, hidden))
+        pooled = self._pooler.pool(plan, entries, hidden)
         self.batch.computed(entries)
         if not plan.sample_seqs:
             return lambda: StepResult(plan.epoch, plan.step, prompt_logprobs=[finish() for finish in prompts])
+        if self._pooler.only(slots):
+            self.batch.append(slots, torch.zeros(len(slots), dtype=torch.int64, device=self._device))
+            nothing = bytes(len(plan.sample_seqs))
+            return lambda: StepResult(plan.epoch, plan.step, nothing, pooled=pooled())
         logits = self._model.logits(self._last_rows(plan, entries, hidden))
         token_ids, rows = self._sampler.sample(logits, slots, self._allowed(plan, masks))
         self.batch.append(slots, token_ids)
         drawn = Download(token_ids.to(torch.int32))
         logprobs = sampled_logprobs(logits, token_ids, rows)
         return lambda: StepResult(
-            plan.epoch, plan.step, pack(drawn.numpy()), logprobs(), [finish() for finish in prompts]
+            plan.epoch,
+            plan.step,
+            pack(drawn.numpy()),
+            logprobs(),
+            [finish() for finish in prompts],
+            pooled=pooled(),
         )
 
     def _forward(self, entries: Entries) -> Tensor:
@@ -145,7 +157,9 @@ class ModelRunner:
         if plan.dropped:
             self._state.drop(self.batch.drop(plan))
         for new in plan.new:
-            self._state.add(self.batch.add(new), new)
+            slot = self.batch.add(new)
+            self._state.add(slot, new)
+            self._pooler.add(slot, new)
         if plan.copies:
             self._cache.copy(upload(unpack(plan.copies).astype(np.int64).reshape(-1, 2), self._device))
 
