@@ -1,7 +1,7 @@
 """A Grafana dashboard of Manta's metrics in Ray's Prometheus.
 
-    python -m scripts.grafana > manta.json                     # import it in Grafana
-    python -m scripts.grafana --out /tmp/ray/session_latest/metrics/grafana/dashboards/Manta.json  # into the one Ray sets up
+    python -m scripts.grafana > manta.json                     # import it in Grafana; or, in the folders Ray makes:
+    python -m scripts.grafana --out /tmp/ray/session_latest/metrics/grafana/dashboards/Manta.json
 
 Names come from cluster.metrics, so that a panel cannot ask for a metric that is no more.
 """
