@@ -20,14 +20,18 @@ from deployments.caller import Caller
 from deployments.config import AppConfig
 from deployments.generation import Batch, Generation
 from engine.errors import EngineUnavailable, MantaError, PromptTooLong, RequestError
-from engine.output import OutputProcessor
+from engine.model_config import ModelConfig
+from engine.output import OutputProcessor, RequestOutput
 from engine.request import Request, SequenceOutput
 from engine.sampling_params import SamplingParams
+from engine.step import Pooling
 from engine.tokenizer import Tokenizer, prepare_params, prepare_prompt
 
 logger = logging.getLogger("ray.serve")
 
 _NOT_VARIABLES = {"self", "messages", "tools", "documents", "chat_template"}
+EMBEDDED_AT_ONCE = 256
+"""Prompts of one call that are embedded at once: a longer list does not fill the queue."""
 LONG_TEXT_CHARS = 8192
 """Longer texts are tokenized on another thread: 8 Ki characters take about a millisecond."""
 
@@ -62,7 +66,7 @@ class _Link:
     def __init__(self) -> None:
         self.client: EngineClient | None = None
         self.failure: str | None = None
-        """Why there is no engine and will be none."""
+        """Why there is no engine, when none could be brought back."""
 
 
 class ModelService:
@@ -94,7 +98,7 @@ class ModelService:
 
     def attach(self, client: EngineClient) -> None:
         """Send requests to `client` from now on."""
-        self._link.client = client
+        self._link.client, self._link.failure = client, None
 
     def detach(self) -> None:
         """No engine: new requests are refused with EngineUnavailable, held ones wait."""
@@ -138,7 +142,7 @@ class ModelService:
         return {"model": self.name, **await self._engine().picture()}
 
     async def health(self) -> DriverHealth:
-        """What the engine knows of itself; "failed" when it does not answer or is gone for good."""
+        """What the engine knows of itself; "failed" when it does not answer or could not be brought back."""
         if self._link.client is None:
             return DriverHealth(
                 "failed" if self._link.failure else "recovering", self._link.failure or "the engine is started again"
@@ -149,7 +153,7 @@ class ModelService:
             return DriverHealth("failed", str(error))
 
     def fail(self, reason: str) -> None:
-        """There is no engine and will be none: every held request fails, and so does every new one."""
+        """There is no engine: every held request fails, and so does every new one until another is attached."""
         self._link.client = None
         self._link.failure = reason
         for generation in list(self._generations.values()):
@@ -161,6 +165,11 @@ class ModelService:
     def name(self) -> str:
         """What the model calls itself in answers."""
         return self.names[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of an embedding; read from the model's folder each time."""
+        return ModelConfig.load(self.config).hidden_size
 
     @property
     def num_unfinished(self) -> int:
@@ -232,8 +241,11 @@ class ModelService:
         prompt: str | None = None,
         cache_salt: str = "",
         timeout_s: float | None = None,
+        pooling: Pooling | None = None,
     ) -> Generation:
-        """Start one request. Use the result as an async context manager; what the engine refuses, iterating it raises.
+        """Start one request; with `pooling`, one that embeds its prompt.
+
+        Use the result as an async context manager; what the engine refuses, iterating it raises.
 
         A request id already in use gets a suffix. timeout_s is a deadline beside the caller's and the configured one.
         Raises RequestError, EngineOverloaded or EngineUnavailable.
@@ -244,9 +256,16 @@ class ModelService:
         request_id = request_id or secrets.token_hex(8)
         if request_id in self._generations:
             request_id = f"{request_id}-{secrets.token_hex(4)}"
-        params = self._fit(len(prompt_token_ids), params)
+        if pooling is None or len(prompt_token_ids) > self.config.model_len:
+            params = self._fit(len(prompt_token_ids), params)
         request = Request.create(
-            request_id, prompt_token_ids, params, arrival_s=time.time(), cache_salt=cache_salt, tenant=tenant
+            request_id,
+            prompt_token_ids,
+            params,
+            arrival_s=time.time(),
+            cache_salt=cache_salt,
+            tenant=tenant,
+            pooling=pooling,
         )
         generation = Generation(request, self._release)
         self._generations[request_id] = generation
@@ -275,6 +294,33 @@ class ModelService:
             batch.release()
             raise
         return batch
+
+    async def embed(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        pooling: Pooling | None = None,
+        request_id: str | None = None,
+        cache_salt: str = "",
+    ) -> list[RequestOutput]:
+        """Embed every prompt, as `pooling` or the configuration says; see engine.embedding. Raises as `generate`."""
+        how, name = pooling or self.config.pooling, request_id or secrets.token_hex(8)
+        turns = asyncio.Semaphore(EMBEDDED_AT_ONCE)
+
+        async def embedded(number: int, prompt: list[int]) -> RequestOutput:
+            async with turns:
+                own = name if len(prompts) == 1 else f"{name}-{number}"
+                one = self.generate(prompt, params, request_id=own, cache_salt=cache_salt, pooling=how)
+                async with one:
+                    return await one.finish()
+
+        tasks = [asyncio.ensure_future(embedded(number, prompt)) for number, prompt in enumerate(prompts)]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def _release(self, generation: Generation) -> None:
         """Forget a generation, and abort it when it still runs."""

@@ -22,7 +22,7 @@ from deployments.http.anthropic_types import (
     ToolUseBlock,
 )
 from deployments.http.body import parse, read_body
-from deployments.http.context import check_model, service_of
+from deployments.http.context import answer_headers, check_model, service_of
 from deployments.http.errors import failure_of, request_id_of
 from deployments.http.openai_types import ChatCompletionRequest
 from deployments.http.sse import start_stream, until_disconnect
@@ -53,9 +53,11 @@ async def create_message(request: Request) -> Response:
         call = _Call(service, body, f"msg_{request_id_of(request)}")
         await call.start()
         if body.stream:
-            return await start_stream(request.receive, call.events(), on_error=_error_json)
+            return await start_stream(
+                request.receive, call.events(), on_error=_error_json, headers=answer_headers(body)
+            )
         answer = await until_disconnect(request.receive, call.answer())
-        return Response(_json.encode(answer), media_type="application/json")
+        return Response(_json.encode(answer), headers=answer_headers(body), media_type="application/json")
     except MantaError as error:
         return _failed(error)
 
@@ -66,7 +68,8 @@ async def count_tokens(request: Request) -> Response:
         service = service_of(request)
         body = await _read(request, CountRequest)
         _, ids = await _prompt(service, body, SamplingParams())
-        return Response(_json.encode({"input_tokens": len(ids)}), media_type="application/json")
+        answer = _json.encode({"input_tokens": len(ids)})
+        return Response(answer, headers=answer_headers(body), media_type="application/json")
     except MantaError as error:
         return _failed(error)
 

@@ -27,7 +27,7 @@ class Block(BaseModel):
 
 
 class InputMessage(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]

@@ -39,6 +39,17 @@ def parse(kind: type[Body], body: bytes) -> Body:
         raise _fault(error) from None
 
 
+def ignored_fields(body: BaseModel, prefix: str = "") -> list[str]:
+    """Paths of the fields of `body`, and of what it is made of, that nobody knows, each once."""
+    names = [prefix + name for name in body.model_extra or ()]
+    for name in body.model_fields_set:
+        value = getattr(body, name, None)
+        for part, path in [(v, f"{name}[]") for v in value] if isinstance(value, list) else [(value, name)]:
+            if isinstance(part, BaseModel):
+                names += ignored_fields(part, f"{prefix}{path}.")
+    return list(dict.fromkeys(names))
+
+
 def _fault(error: ValidationError) -> RequestError:
     fault = error.errors(include_url=False, include_context=False)[0]
     if fault["type"] == "json_invalid":

@@ -7,12 +7,13 @@ import binascii
 import logging
 from typing import TypeVar
 
+from pydantic import BaseModel
 from starlette.requests import Request
 
 from deployments.caller import ApiKeys, Caller
-from deployments.http.body import parse, read_body
+from deployments.http.body import ignored_fields, parse, read_body
 from deployments.http.errors import Unauthorized, request_id_of
-from deployments.http.openai_types import GenerationRequest
+from deployments.http.openai_types import OpenAIRequest
 from deployments.service import ModelService
 from engine.errors import ModelNotFound, RequestError
 
@@ -24,7 +25,7 @@ TIMEOUT_HEADER = "x-request-timeout"
 IGNORED_HEADER = "x-manta-ignored-fields"
 STAND_INS = ("tgi", "dummy")
 """What clients of Text Generation Inference call the one model of a server."""
-Body = TypeVar("Body", bound=GenerationRequest)
+Body = TypeVar("Body", bound=OpenAIRequest)
 _told: set[str] = set()
 
 
@@ -97,9 +98,9 @@ def check_model(service: ModelService, name: str | None) -> None:
         )
 
 
-def answer_headers(body: GenerationRequest) -> dict[str, str]:
+def answer_headers(body: BaseModel) -> dict[str, str]:
     """Names the body's fields that were ignored, and logs each name once."""
-    ignored = [name for name in body.ignored if name.isascii() and name.isprintable()][:20]
+    ignored = [name for name in ignored_fields(body) if name.isascii() and name.isprintable()][:20]
     if not ignored:
         return {}
     for name in set(ignored) - _told:
@@ -109,7 +110,7 @@ def answer_headers(body: GenerationRequest) -> dict[str, str]:
     return {IGNORED_HEADER: ", ".join(ignored)[:500]}
 
 
-def answer_id(request: Request, body: GenerationRequest, prefix: str) -> str:
+def answer_id(request: Request, body: OpenAIRequest, prefix: str) -> str:
     """The id of the answer, which logs and the engine carry too."""
     given = body.request_id
     if given is not None and not (given.isascii() and given.isprintable() and 0 < len(given) <= MAX_REQUEST_ID_CHARS):

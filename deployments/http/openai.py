@@ -10,6 +10,7 @@ from starlette.routing import Route
 from deployments.http.context import check_model, service_of
 from deployments.http.openai_chat import create_chat_completion
 from deployments.http.openai_completions import create_completion
+from deployments.http.openai_embeddings import create_embeddings
 from deployments.http.openai_replies import ModelCard, ModelList
 from deployments.service import ModelService
 
@@ -44,4 +45,5 @@ ROUTES = [
     Route("/v1/models/{name:path}", get_model, methods=["GET"]),
     Route("/v1/completions", create_completion, methods=["POST"]),
     Route("/v1/chat/completions", create_chat_completion, methods=["POST"]),
+    Route("/v1/embeddings", create_embeddings, methods=["POST"]),
 ]

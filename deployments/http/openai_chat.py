@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deployments.generation import Batch
-from deployments.http.context import answer_headers, answer_id, read, service_of
-from deployments.http.errors import openai_json
 from deployments.http.logprobs import chat_logprobs
+from deployments.http.openai_call import Call, respond
 from deployments.http.openai_replies import (
-    UNSET,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -31,7 +26,7 @@ from deployments.http.openai_replies import (
     usage,
 )
 from deployments.http.openai_types import ChatCompletionRequest
-from deployments.http.sse import DONE, event, start_stream, until_disconnect
+from deployments.http.sse import DONE, event
 from deployments.http.structured import forced_calls, form_of, grammar_of, tools_of
 from deployments.parsing.answer import AnswerDelta, AnswerForm, AnswerParser
 from deployments.parsing.tool_calls import ToolCallDelta
@@ -40,31 +35,22 @@ from engine.errors import PromptTooLong, RequestError
 from engine.output import Logprobs, OutputDelta
 from engine.sampling_params import SamplingParams
 
-_json = msgspec.json.Encoder()
-
 
 async def create_chat_completion(request: Request) -> Response:
     """Answer a chat with n messages."""
-    service = service_of(request)
-    body = await read(request, ChatCompletionRequest)
-    call = _Call(service, body, answer_id(request, body, "chatcmpl"))
-    await call.start()
-    if body.stream:
-        return await start_stream(request.receive, call.events(), on_error=openai_json, headers=answer_headers(body))
-    answer = await until_disconnect(request.receive, call.answer())
-    return Response(_json.encode(answer), headers=answer_headers(body), media_type="application/json")
+    return await respond(request, ChatCompletionRequest, _Chat)
 
 
-class _Call:
+class _Chat(Call[ChatCompletionRequest]):
     """One request on its way: its batch of one, and how its answer looks."""
 
+    prefix = "chatcmpl"
+
     def __init__(self, service: ModelService, body: ChatCompletionRequest, answer_id: str) -> None:
-        self.service, self.body, self.id = service, body, answer_id
-        self.created = int(time.time())
+        super().__init__(service, body, answer_id)
         self.tool_mode, self.functions = tools_of(body)
         self.params = self._params()
         self.form = AnswerForm()
-        self.batch = Batch()
 
     def _params(self) -> SamplingParams:
         given = self.body.sampling()
@@ -101,9 +87,7 @@ class _Call:
         tail = self.service.tokenizer.decode_raw(ids[-16:])
         self.form = form_of(self.service, self.tool_mode, tail, body.chat_template)
         try:
-            self.batch = self.service.start_batch(
-                [ids], self.params, request_id=self.id, cache_salt=body.cache_salt or ""
-            )
+            self.submit([ids], self.params)
         except PromptTooLong as error:
             if error.param == "prompt":
                 error.param = "messages"
@@ -161,8 +145,7 @@ class _Call:
         yield DONE
 
     def _chunk(self, choices: list[ChatChunkChoice], told: Usage | None) -> ChatChunk:
-        shown = told if told is not None or self.body.include_usage else UNSET
-        return ChatChunk(self.id, self.created, self.service.name, choices, usage=shown)
+        return ChatChunk(self.id, self.created, self.service.name, choices, usage=self.shown(told))
 
     def _delta_choice(self, delta: OutputDelta, parser: AnswerParser) -> ChatChunkChoice | None:
         """What a client is told of a delta; None when there is nothing to tell."""

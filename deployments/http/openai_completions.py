@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deployments.generation import Batch
-from deployments.http.context import answer_headers, answer_id, read, service_of
-from deployments.http.errors import NotSupported, openai_json
+from deployments.http.errors import NotSupported
 from deployments.http.logprobs import completion_logprobs
-from deployments.http.openai_replies import UNSET, Completion, CompletionChoice, CompletionLogprobs, Usage, usage
-from deployments.http.openai_types import CompletionRequest
-from deployments.http.sse import DONE, event, start_stream, until_disconnect
+from deployments.http.openai_call import Call, respond
+from deployments.http.openai_replies import Completion, CompletionChoice, CompletionLogprobs, Usage, usage
+from deployments.http.openai_types import CompletionRequest, prompts_of
+from deployments.http.sse import DONE, event
 from deployments.http.structured import grammar_of
 from deployments.service import ModelService
-from engine.errors import RequestError
 from engine.output import OutputDelta, RequestOutput
 from engine.sampling_params import SamplingParams
-
-_json = msgspec.json.Encoder()
 
 
 async def create_completion(request: Request) -> Response:
     """Answer each prompt with n texts; choices are ordered by prompt, then by sample."""
-    service = service_of(request)
-    body = await read(request, CompletionRequest)
-    call = _Call(service, body, answer_id(request, body, "cmpl"))
-    await call.start()
-    if body.stream:
-        return await start_stream(request.receive, call.events(), on_error=openai_json, headers=answer_headers(body))
-    answer = await until_disconnect(request.receive, call.answer())
-    return Response(_json.encode(answer), headers=answer_headers(body), media_type="application/json")
+    return await respond(request, CompletionRequest, _Completions)
 
 
-class _Call:
+class _Completions(Call[CompletionRequest]):
     """One request on its way: its prompts, its batch, and how its answer looks."""
+
+    prefix = "cmpl"
 
     def __init__(self, service: ModelService, body: CompletionRequest, answer_id: str) -> None:
         if body.suffix:
             raise NotSupported("suffix: this model cannot fill in a middle", param="suffix")
         if body.stream and body.echo and body.logprobs is not None:
             raise NotSupported("echo: with logprobs it cannot be streamed", param="echo")
-        self.service, self.body, self.id = service, body, answer_id
-        self.created = int(time.time())
-        self.prompts = _prompts(body.prompt)
+        super().__init__(service, body, answer_id)
+        self.prompts = prompts_of(body.prompt)
         self.echo_only = bool(body.echo) and body.max_tokens == 0
         self.params = self._params()
         self.echoes: list[str] = []
-        self.batch = Batch()
 
     def _params(self) -> SamplingParams:
         given = self.body.sampling()
@@ -70,9 +57,7 @@ class _Call:
         ids = [await self.service.encode_prompt(prompt, self.params) for prompt in self.prompts]
         if self.body.echo:
             self.echoes = [p if isinstance(p, str) else self.service.tokenizer.decode_raw(p) for p in self.prompts]
-        self.batch = self.service.start_batch(
-            ids, self.params, request_id=self.id, cache_salt=self.body.cache_salt or ""
-        )
+        self.submit(ids, self.params)
 
     async def answer(self) -> Completion:
         async with self.batch as batch:
@@ -106,8 +91,7 @@ class _Call:
         yield DONE
 
     def _completion(self, choices: list[CompletionChoice], told: Usage | None) -> Completion:
-        shown = told if told is not None or self.body.include_usage else UNSET
-        return Completion(self.id, self.created, self.service.name, choices, usage=shown)
+        return Completion(self.id, self.created, self.service.name, choices, usage=self.shown(told))
 
     def _delta_choice(self, index: int, delta: OutputDelta, offset: int) -> CompletionChoice:
         text, token_ids, logprobs = delta.text, delta.token_ids, delta.logprobs
@@ -147,24 +131,6 @@ class _Call:
 
     def _logprobs(self, entries: Any, token_ids: list[int], offset: int) -> CompletionLogprobs:
         return completion_logprobs(entries, token_ids, self.params.logprobs or 0, self.service.tokenizer, offset=offset)
-
-
-def _prompts(value: Any) -> list[str | list[int]]:
-    """The prompts of a request: one string, one list of token ids, or a list of either. Raises RequestError."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return list(value)
-        if all(type(item) is int for item in value):
-            return [value]
-        if all(isinstance(item, list) and all(type(i) is int for i in item) for item in value):
-            return list(value)
-    if value in ("", []):
-        raise RequestError("prompt: empty; at least one token is needed", param="prompt")
-    raise RequestError(
-        f"prompt: got {value!r:.100}, allowed: a string, a list of token ids, or a list of either", param="prompt"
-    )
 
 
 def _joined(a: CompletionLogprobs, b: CompletionLogprobs) -> CompletionLogprobs:

@@ -165,6 +165,33 @@ class ChatChunk(msgspec.Struct):
     prompt_token_ids: list[int] | Unset = UNSET
 
 
+# Embeddings
+
+
+class Embedding(msgspec.Struct):
+    index: int
+    embedding: list[float] | str
+    """Numbers, or base64 of little-endian float32."""
+    object: str = "embedding"
+
+
+class EmbeddingUsage(msgspec.Struct):
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+
+
+class EmbeddingList(msgspec.Struct):
+    """An answer of /v1/embeddings."""
+
+    id: str
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+    object: str = "list"
+
+
 # Models
 
 

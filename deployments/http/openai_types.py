@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from engine.errors import RequestError
+
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     include_usage: bool = False
     """One more event before the end, without choices, with the usage of the whole request."""
@@ -16,20 +18,40 @@ class StreamOptions(BaseModel):
     """The usage so far in every event."""
 
 
-class GenerationRequest(BaseModel):
-    """What completions and chats have in common. Fields not known here are ignored, and named in a response header."""
+class OpenAIRequest(BaseModel):
+    """What every request has. Fields not known here are ignored, and named in a response header."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
     model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     user: str | None = None
     """Without API keys: the tenant, for fair shares."""
     timeout: float | None = None
     """Seconds after which the request is aborted and answered with 504."""
     request_id: str | None = None
     cache_salt: str | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int | None = None
+
+
+class EmbeddingRequest(OpenAIRequest):
+    """POST /v1/embeddings."""
+
+    input: Any
+    """A string, token ids, or a list of either."""
+    encoding_format: Literal["float", "base64"] | None = None
+    """base64: little-endian float32."""
+    dimensions: int | None = None
+    """So many numbers of each vector are kept, its first ones, and it is brought to length 1 again."""
+    pooling: Literal["mean", "last"] | None = None
+    """How the tokens' hidden states become one vector; null: as configured."""
+
+
+class GenerationRequest(OpenAIRequest):
+    """What completions and chats have in common."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
 
     # What the answer must match: OpenAI's way, and vLLM's two.
@@ -63,17 +85,10 @@ class GenerationRequest(BaseModel):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = None
-    priority: int | None = None
 
     def sampling(self) -> dict[str, Any]:
         """The SamplingParams fields that were given, by name."""
         return {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
-
-    @property
-    def ignored(self) -> list[str]:
-        """Names of the fields that mean nothing here."""
-        return list(self.model_extra or ())
 
     @property
     def include_usage(self) -> bool:
@@ -139,3 +154,21 @@ class ChatCompletionRequest(GenerationRequest):
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     """Reaches the chat template by this name; templates that do not know it pass it over."""
+
+
+def prompts_of(value: Any, field: str = "prompt") -> list[str | list[int]]:
+    """The prompts of a request's `field`: one string, token ids, or a list of either. Raises RequestError."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return list(value)
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, list) and all(type(i) is int for i in item) for item in value):
+            return list(value)
+    if value in ("", []):
+        raise RequestError(f"{field}: empty; at least one token is needed", param=field)
+    raise RequestError(
+        f"{field}: got {value!r:.100}, allowed: a string, a list of token ids, or a list of either", param=field
+    )

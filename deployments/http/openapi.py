@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments.http.anthropic_types import CountRequest, MessagesRequest
-from deployments.http.openai_types import ChatCompletionRequest, CompletionRequest
+from deployments.http.openai_types import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from deployments.http.pages import page, product_version
 from deployments.http.responses_types import ResponsesRequest
 from deployments.http.tgi_types import CompatGenerateRequest, GenerateRequest
@@ -22,6 +22,7 @@ from deployments.http.tokenization import DetokenizeRequest, TokenizeRequest
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/embeddings": EmbeddingRequest,
     "/v1/responses": ResponsesRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountRequest,

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from deployments.generation import Generation
 from deployments.http.body import parse, read_body
-from deployments.http.context import caller_of, check_model, service_of
+from deployments.http.context import answer_headers, caller_of, check_model, service_of
 from deployments.http.errors import NotSupported, failure_of, request_id_of
 from deployments.http.responses_types import ResponsesRequest
 from deployments.http.sse import start_stream, until_disconnect
@@ -79,9 +79,9 @@ async def create_response(request: Request) -> Response:
     call = _Call(service, _store_of(request), body, request_id_of(request))
     await call.start()
     if body.stream:
-        return await start_stream(request.receive, call.events(), on_error=_error_event)
+        return await start_stream(request.receive, call.events(), on_error=_error_event, headers=answer_headers(body))
     answer = await until_disconnect(request.receive, call.answer())
-    return Response(_json.encode(answer), media_type="application/json")
+    return Response(_json.encode(answer), headers=answer_headers(body), media_type="application/json")
 
 
 async def get_response(request: Request) -> Response:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from deployments.generation import Generation
 from deployments.http.body import parse, read_body
-from deployments.http.context import service_of
+from deployments.http.context import answer_headers, service_of
 from deployments.http.errors import failure_of, request_id_of
 from deployments.http.pages import product_version
 from deployments.http.sse import event, start_stream, until_disconnect
@@ -90,11 +90,12 @@ async def _answer(request: Request, kind: type[GenerateRequest], *, stream: bool
         call = _Call(service, body, request_id_of(request), received_s, stream=bool(stream))
         await call.start()
         if stream:
-            headers = call.headers()
+            headers = {**call.headers(), **answer_headers(body)}
             return await start_stream(request.receive, call.events(), on_error=_error_json, headers=headers)
         answer = await until_disconnect(request.receive, call.answer())
         payload = [answer] if listed else answer
-        return Response(_json.encode(payload), headers=call.headers(), media_type="application/json")
+        headers = {**call.headers(), **answer_headers(body)}
+        return Response(_json.encode(payload), headers=headers, media_type="application/json")
     except MantaError as error:
         failure = failure_of(error)
         status = 422 if isinstance(error, RequestError) and error.http_status == 400 else failure.status

@@ -26,7 +26,7 @@ class InvalidInput(RequestError):
 
 
 class GrammarRequest(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     type: Literal["json", "regex", "json_schema"]
     value: Any
@@ -46,7 +46,7 @@ class GrammarRequest(BaseModel):
 class Parameters(BaseModel):
     """TGI's parameters; None is off, or the model's own way."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     adapter_id: str | None = None
     best_of: int | None = None
@@ -132,7 +132,7 @@ def _need(name: str, holds: bool, rule: str) -> None:
 class GenerateRequest(BaseModel):
     """POST /generate and /generate_stream."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     inputs: str
     parameters: Parameters = Parameters()

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments.http.body import parse, read_body
-from deployments.http.context import check_model, service_of
+from deployments.http.context import answer_headers, check_model, service_of
 from deployments.http.tgi_types import SimpleToken
 from deployments.service import ModelService
 from engine.errors import RequestError
@@ -23,7 +23,7 @@ _json = msgspec.json.Encoder()
 class TokenizeRequest(BaseModel):
     """A text (`prompt`, or TGI's `inputs`) or the messages of a chat."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
     model: str | None = None
     prompt: str | None = None
@@ -39,7 +39,7 @@ class TokenizeRequest(BaseModel):
 
 
 class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
     model: str | None = None
     tokens: list[int]
@@ -54,7 +54,7 @@ async def tokenize(request: Request) -> Response:
     if len(given) != 1:
         raise RequestError(f"got {' and '.join(given) or 'none'}: one of prompt, messages or inputs is needed")
     if body.inputs is not None:
-        return _answer(_simple_tokens(service, body.inputs))
+        return _answer(body, _simple_tokens(service, body.inputs))
     if body.messages is not None:
         ids = await service.encode_chat(
             body.messages,
@@ -70,7 +70,7 @@ async def tokenize(request: Request) -> Response:
         ids = service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.config.model_len, "tokens": ids}
     answer["token_strs"] = [service.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
-    return _answer(answer)
+    return _answer(body, answer)
 
 
 async def detokenize(request: Request) -> Response:
@@ -83,7 +83,7 @@ async def detokenize(request: Request) -> Response:
             raise RequestError(
                 f"tokens[{place}]: got {token}, allowed: 0 to {service.vocab_size - 1}", param=f"tokens[{place}]"
             )
-    return _answer({"prompt": service.tokenizer.decode_raw(body.tokens)})
+    return _answer(body, {"prompt": service.tokenizer.decode_raw(body.tokens)})
 
 
 def _simple_tokens(service: ModelService, text: str) -> list[SimpleToken]:
@@ -96,8 +96,8 @@ def _simple_tokens(service: ModelService, text: str) -> list[SimpleToken]:
     ]
 
 
-def _answer(payload: Any) -> Response:
-    return Response(_json.encode(payload), media_type="application/json")
+def _answer(body: BaseModel, payload: Any) -> Response:
+    return Response(_json.encode(payload), headers=answer_headers(body), media_type="application/json")
 
 
 ROUTES = [

@@ -1,0 +1,63 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+import base64
+import time
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from deployments.http.context import answer_headers, answer_id, read, service_of
+from deployments.http.openai_replies import Embedding, EmbeddingList, EmbeddingUsage, PromptTokensDetails
+from deployments.http.openai_types import EmbeddingRequest, prompts_of
+from deployments.http.sse import until_disconnect
+from deployments.service import ModelService
+from engine.embedding import Vector, check_dimensions, embedding_params, unit_vector
+from engine.errors import RequestError
+
+MAX_INPUTS = 2048
+_json = msgspec.json.Encoder()
+
+
+async def create_embeddings(request: Request) -> Response:
+    """Each input as a vector of length 1, made of the model's last hidden states."""
+    service = service_of(request)
+    body = await read(request, EmbeddingRequest)
+    answer = await until_disconnect(request.receive, _embed(service, body, answer_id(request, body, "embd")))
+    return Response(_json.encode(answer), headers=answer_headers(body), media_type="application/json")
+
+
+async def _embed(service: ModelService, body: EmbeddingRequest, answer_id: str) -> EmbeddingList:
+    created = int(time.time())
+    inputs = prompts_of(body.input, "input")
+    if len(inputs) > MAX_INPUTS:
+        raise RequestError(f"input: {len(inputs)} inputs, allowed: at most {MAX_INPUTS}", param="input")
+    params = embedding_params(body.truncate_prompt_tokens, body.priority or 0)
+    if body.dimensions is not None:
+        check_dimensions(body.dimensions, service.hidden_size)
+    try:
+        prompts = [await service.encode_prompt(each, params) for each in inputs]
+        results = await service.embed(
+            prompts, params, pooling=body.pooling, request_id=answer_id, cache_salt=body.cache_salt or ""
+        )
+    except RequestError as error:
+        if error.param == "prompt":
+            error.param = "input"
+        raise
+    vectors = [unit_vector(result, body.dimensions) for result in results]
+    spell = _base64 if body.encoding_format == "base64" else _numbers
+    count = sum(map(len, prompts))
+    usage = EmbeddingUsage(count, count, PromptTokensDetails(sum(result.num_cached_tokens for result in results)))
+    data = [Embedding(index, spell(vector)) for index, vector in enumerate(vectors)]
+    return EmbeddingList(answer_id, created, service.name, data, usage)
+
+
+def _numbers(vector: Vector) -> list[float]:
+    numbers: list[float] = vector.tolist()
+    return numbers
+
+
+def _base64(vector: Vector) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
