@@ -14,6 +14,7 @@ from deployments.caller import ApiKeys
 from deployments.http import anthropic, health, openai, openapi, pages, responses, tgi, tokenization
 from deployments.http.context import MAX_REQUEST_ID_CHARS
 from deployments.http.errors import on_error, openai_response
+from deployments.http.last_words import LastWords
 from deployments.service import ModelService
 from engine.errors import MantaError
 
@@ -31,10 +32,13 @@ ROUTES = [
 ]
 
 
-def create_app(service: ModelService, *, echo_request_id: bool = True) -> Starlette:
+def create_app(
+    service: ModelService, *, echo_request_id: bool = True, last_words: LastWords | None = None
+) -> Starlette:
     """The application that serves `service` over HTTP. Without echo_request_id the server around it does that.
 
-    Raises ConfigError when its API keys cannot be read.
+    last_words end the streams with an error event should this process die; without, they are cut. Raises ConfigError
+    when its API keys cannot be read.
     """
     app = Starlette(
         routes=ROUTES,
@@ -42,6 +46,7 @@ def create_app(service: ModelService, *, echo_request_id: bool = True) -> Starle
         exception_handlers={MantaError: on_error, HTTPException: on_error},
     )
     app.state.service = service
+    app.state.last_words = last_words
     app.state.keys = ApiKeys.load(service.config.api_keys_file)
     if not len(app.state.keys):
         logger.info("no API keys: whoever reaches the port may use it")

@@ -11,8 +11,12 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from deployments.http.last_words import leave_words
+from engine.errors import EngineUnavailable
+
 DONE = b"data: [DONE]\n\n"
 Result = TypeVar("Result")
+_GONE = EngineUnavailable("the process that ran this request died; ask again")
 _json = msgspec.json.Encoder()
 
 
@@ -54,8 +58,9 @@ class EventStream(Response):
         self._events = events
         self._on_error = on_error
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        sender = asyncio.ensure_future(self._send_all(send))
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        withdraw = leave_words(scope, receive, self._last_event(_GONE))
+        sender = asyncio.ensure_future(self._send_all(send, withdraw))
         leaver = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait((sender, leaver), return_when=asyncio.FIRST_COMPLETED)
@@ -65,9 +70,13 @@ class EventStream(Response):
             # Cancelled either by a disconnect seen here, or from outside by whoever runs this response.
             for task in (sender, leaver):
                 task.cancel()
+            withdraw()
             await asyncio.gather(sender, leaver, return_exceptions=True)
 
-    async def _send_all(self, send: Send) -> None:
+    def _last_event(self, error: BaseException) -> bytes:
+        return b"data: " + self._on_error(error) + b"\n\n"
+
+    async def _send_all(self, send: Send, withdraw: Callable[[], None]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._events) as events:
             try:
@@ -75,7 +84,8 @@ class EventStream(Response):
                 async for item in events:
                     await send(_body(item, more=True))
             except Exception as error:
-                await send(_body(b"data: " + self._on_error(error) + b"\n\n", more=True))
+                await send(_body(self._last_event(error), more=True))
+        withdraw()
         await send(_body(b"", more=False))
 
 
