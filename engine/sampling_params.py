@@ -20,10 +20,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How to choose the tokens of one request, validated when made.
 
     n samples are returned, the best by mean log-probability of `best_of` drawn when that is larger. temperature 0 is
-    greedy. top_k 0 or -1 and top_p 1 are off. `seed` None means a fresh one is drawn when the request is accepted;
-    draws depend on (seed, sample index, position) only. `max_tokens` None runs to the context's end. `logprobs` k gives
-    each token's log-probability and the k best beside it. `stop` strings end a sample where they begin.
-    Raises RequestError, naming the field, for a value out of range or of the wrong type.
+    greedy: its n samples are equal. top_k 0 or -1 and top_p 1 are off. `seed` None means a fresh one is drawn when the
+    request is accepted; draws depend on (seed, sample index, position) only. `max_tokens` None runs to the context's
+    end. `logprobs` k gives each token's log-probability and the k best beside it. `stop` strings end a sample where
+    they begin. Raises RequestError, naming the field, for a value out of range or of the wrong type.
     """
 
     n: int = 1
@@ -53,6 +53,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     """What the output must match; the sample ends when it does and nothing may follow."""
+    watermark: bool = False
+    """Make half of the vocabulary, chosen anew by each token, likelier for the next; see kernels.watermark."""
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
@@ -103,8 +105,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise _wrong("repetition_penalty", self.repetition_penalty, "above 0")
         if self.best_of is not None and self.best_of < self.n:
             raise _wrong("best_of", self.best_of, f"at least n ({self.n})")
-        if self.num_sequences > 1 and self.temperature == 0:
-            raise _wrong("best_of" if self.best_of else "n", self.num_sequences, "1 when temperature is 0 (greedy)")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _wrong("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         for field in ("stop", "bad_words"):
@@ -144,6 +144,7 @@ _FLAGS = (
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "detokenize",
+    "watermark",
 )
 _NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTEGERS = {

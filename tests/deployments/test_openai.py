@@ -104,6 +104,16 @@ def test_chat_samples(client: openai.OpenAI) -> None:
     assert streamed == texts
 
 
+def test_samples_where_the_model_is_greedy_by_default(client: openai.OpenAI) -> None:
+    """Its generation_config.json says so, and the request says nothing: n answers, all of them the likeliest."""
+    answer = client.chat.completions.create(model="tiny", messages=QUESTION, n=3)
+    assert [choice.message.content for choice in answer.choices] == [ANSWER] * 3
+    texts = {choice.text for choice in client.completions.create(model="tiny", prompt="Count:", n=4).choices}
+    assert len(texts) == 1
+    drawn = client.completions.create(model="tiny", prompt="Count:", n=4, temperature=1.5, seed=3).choices
+    assert len({choice.text for choice in drawn}) > 1
+
+
 def test_chat_logprobs(client: openai.OpenAI) -> None:
     arguments: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "logprobs": True, "top_logprobs": 2}
     choice = client.chat.completions.create(**arguments).choices[0]

@@ -84,8 +84,6 @@ def test_bad_values_are_named(field: str, value: Any) -> None:
     "arguments, param",
     [
         ({"n": 3, "best_of": 2}, "best_of"),
-        ({"n": 2, "temperature": 0}, "n"),
-        ({"best_of": 2, "temperature": 0}, "best_of"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         ({"stop": "x", "detokenize": False}, "stop"),
     ],
@@ -109,6 +107,7 @@ def test_shapes_are_made_uniform() -> None:
 def test_derived_facts() -> None:
     assert SamplingParams(temperature=0).greedy
     assert SamplingParams(n=2, best_of=4).num_sequences == 4 and SamplingParams(n=2, best_of=4).needs_logprobs
+    assert SamplingParams(n=2, temperature=0).num_sequences == 2, "equal ones"
     assert not SamplingParams(n=4).needs_logprobs and SamplingParams(logprobs=0).needs_logprobs
 
 
