@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,15 +18,42 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Chip:
+    """What kernels have to know of a GPU to be compiled for it."""
+
+    capability: tuple[int, int]
+    num_multiprocessors: int
+
+
+class _Rehearsed:
+    """The GPU that the device "meta" stands for (kernels.rehearsal), one a process."""
+
+    chip: Chip | None = None
+
+
+def rehearse_on(chip: Chip) -> None:
+    """Let tensors on the device "meta" stand for tensors on such a GPU, in this process."""
+    _Rehearsed.chip = chip
+    num_multiprocessors.cache_clear()
+    _has_dependent_launch.cache_clear()
+
+
 @cache
 def num_multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 4 for the CPU, where the interpreter runs one program after another."""
+    if device.type == "meta" and _Rehearsed.chip is not None:
+        return _Rehearsed.chip.num_multiprocessors
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @cache
 def _has_dependent_launch(device: torch.device) -> bool:
-    if device.type != "cuda" or os.environ.get("MANTA_PDL", "1") == "0":
+    if os.environ.get("MANTA_PDL", "1") == "0":
+        return False
+    if device.type == "meta" and _Rehearsed.chip is not None:
+        return _Rehearsed.chip.capability >= (9, 0)
+    if device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0) and torch.version.hip is None
 

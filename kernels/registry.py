@@ -90,6 +90,11 @@ def force(choice: Choice) -> Iterator[None]:
         _overrule.forced, _overrule.active = before
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether it lies on a GPU, or on the device "meta", which stands for one (kernels.rehearsal)."""
+    return tensor.is_cuda or tensor.is_meta
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors, in this process."""
     return triton is not None and triton.knobs.runtime.interpret
@@ -123,7 +128,7 @@ class Kernel:
         if not isinstance(tensor, torch.Tensor):
             tensor = tensor[0]
         if not _overrule.active:
-            if not tensor.is_cuda or self._reason(args, kwargs) is not None:
+            if not on_gpu(tensor) or self._reason(args, kwargs) is not None:
                 return self.definition(*args, **kwargs)
             return self.fast(*args, **kwargs)  # type: ignore[misc]
         return self._overruled(tensor, args, kwargs)
@@ -146,10 +151,10 @@ class Kernel:
     def _overruled(self, tensor: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         choice = _overrule.choice(self.name)
         if choice is None:
-            choice = "triton" if tensor.is_cuda and self._reason(args, kwargs) is None else "torch"
+            choice = "triton" if on_gpu(tensor) and self._reason(args, kwargs) is None else "torch"
         elif choice == "triton":
             reason = self._reason(args, kwargs)
-            if reason is None and not tensor.is_cuda and not interpreting():
+            if reason is None and not on_gpu(tensor) and not interpreting():
                 reason = "CPU tensors need TRITON_INTERPRET=1, set before triton is imported"
             if reason is not None:
                 raise KernelUnavailable(f"{self.name}: triton was asked for, but {reason}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from engine.layers.norm import RMSNorm
 from kernels.linear import linear_add, norm_linear, norm_linear_silu_and_mul
-from kernels.registry import Kernel
+from kernels.registry import Kernel, on_gpu
 
 
 class ResidualStream:
@@ -70,4 +70,4 @@ class ResidualStream:
 def _fused(kernel: Kernel, *args: Any) -> bool:
     """Whether the GPU has a kernel for all of it at these shapes; separate kernels are faster than its definition."""
     x: Tensor = args[0]
-    return x.is_cuda and kernel.supports is not None and kernel.supports(*args) is None
+    return on_gpu(x) and kernel.supports is not None and kernel.supports(*args) is None

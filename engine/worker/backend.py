@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.step import StepResult
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class PendingStep(Protocol):
@@ -65,7 +65,7 @@ class CpuBackend:
 
     def __init__(self, config: EngineConfig) -> None:
         self.device = torch.device("cpu")
-        self.dtype = _DTYPES[config.dtype]
+        self.dtype = DTYPES[config.dtype]
         self._limit = int(config.cpu_kv_cache_gib * 2**30)
         self._ranks = config.tensor_parallel_size
 
@@ -113,7 +113,7 @@ class CudaBackend:
         if not torch.cuda.is_available():
             raise ConfigError("device", "cuda", "torch finds no GPU here; use cpu")
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.dtype = _DTYPES[config.dtype]
+        self.dtype = DTYPES[config.dtype]
         self.graphs = not config.enforce_eager
         self._share = config.gpu_memory_utilization
         # float32 means float32: no TF32 in matrix products.

@@ -147,7 +147,7 @@ class DecodeGraphs:
         table[_TOP_K, :count] = self._state.top_k[slots]
         table[_SEEDS:].reshape(-1).view(np.int64)[:count] = self._state.seeds[slots]
         host = torch.from_numpy(table)
-        self._table.copy_(host if self._device.type == "cpu" else pinned(host), non_blocking=True)
+        self._table.copy_(pinned(host) if self._table.is_cuda else host, non_blocking=True)
         self._slots, self._positions, self._sent = slots, positions.copy(), rows
 
     def _use(self, size: int) -> None:

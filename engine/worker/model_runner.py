@@ -75,7 +75,7 @@ class ModelRunner:
         if self._graphs is None or self._mixed is None or self._device.type != "cuda":
             return
         began_s = perf_counter()
-        for mixed_size, size in zip_longest(_ends_first(self._mixed.sizes), _ends_first(self._graphs.sizes)):
+        for mixed_size, size in zip_longest(ends_first(self._mixed.sizes), ends_first(self._graphs.sizes)):
             if mixed_size is not None and perf_counter() - began_s < limit_s:
                 self._mixed.record(mixed_size)
             if size is not None and perf_counter() - began_s < limit_s:
@@ -227,7 +227,7 @@ class ModelRunner:
                 yield prompt_logprobs(logits, following, int(seq_ids[entry]), start + 1, count)
 
 
-def _ends_first(sizes: list[int]) -> list[int]:
+def ends_first(sizes: list[int]) -> list[int]:
     """Ascending sizes as the last, the first, then the others from the large ones down."""
     return list(dict.fromkeys([sizes[-1], sizes[0], *reversed(sizes)]))
 

@@ -20,7 +20,7 @@ def upload(array: Numbers, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu":
         return tensor
-    return pinned(tensor).to(device, non_blocking=True)
+    return (pinned(tensor) if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def pinned(tensor: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class Download:
     """A tensor on its way to the host; `numpy()` is to be called once the device has come this far."""
 
     def __init__(self, tensor: Tensor) -> None:
-        if tensor.device.type != "cpu":
+        if tensor.is_cuda:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             tensor = host.copy_(tensor, non_blocking=True)
         self._host = tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,11 @@ from engine.worker.backend import PendingStep, make_backend
 from engine.worker.kv_cache import KvCache, plan_capacity
 from engine.worker.largest_step import largest_step
 from engine.worker.model_runner import ModelRunner
+from engine.worker.preparation import Preparation
+from engine.worker.start_log import StartLog
 from engine.worker.tracing import make_tracer
+
+logger = logging.getLogger(__name__)
 
 PREPARE_S = 2.5
 """A start begins to record no graph after this. It is enough for all of them once Triton's cache holds the kernels."""
@@ -32,7 +37,10 @@ class Worker:
     def __init__(self, config: EngineConfig, model_config: ModelConfig, rank: int, communicator: Communicator) -> None:
         assert communicator.rank == rank and communicator.size == config.tensor_parallel_size
         self.rank = rank
+        self._log = StartLog()
         self._config, self._model_config, self._communicator = config, model_config, communicator
+        self._preparation = Preparation(config, model_config)
+        self._preparation.begin()
         self._backend = make_backend(config)
         self._model: Model | None = None
         self._runner: ModelRunner | None = None
@@ -51,13 +59,17 @@ class Worker:
             else:
                 tied = model_config.tie_word_embeddings
                 load_weights(self._model.weights(), model_config.folder, tied=tied, progress=progress)
+        self._log.part("weights")
 
     def measure(self) -> CacheCapacity:
         """How many KV blocks this rank can hold. Raises ConfigError when one long sequence would not fit."""
         assert self._model is not None, "load first"
         backend = self._backend
+        self._preparation.wait()
+        self._log.part("kernels")
         with torch.inference_mode():
             free_bytes = backend.kv_cache_bytes(self._largest_step)
+        self._log.part("largest step")
         return plan_capacity(self._config, self._model_config, backend.dtype, free_bytes)
 
     def allocate(self, capacity: CacheCapacity) -> None:
@@ -68,7 +80,10 @@ class Worker:
         self._runner = ModelRunner(
             self._config, self._model_config, self._model, cache, backend.device, graphs=backend.graphs
         )
+        self._log.part("cache")
         self._runner.prepare(PREPARE_S if size == 1 else float("inf"))
+        self._log.part("graphs")
+        logger.info("rank %d is ready: %s", self.rank, self._log)
 
     def submit(self, plan: StepPlan, masks: Callable[[], StepMasks] | None = None) -> PendingStep:
         """Run a plan after those before it. Raises ExecutorDied for one of another epoch or out of order.

@@ -1,0 +1,178 @@
+"""Rehearsing an engine: everything its first steps launch, on a GPU that is not there, so that it is compiled.
+
+    python -m engine.worker.rehearsal < PICKLE       (preparation.py starts it)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pickle
+import sys
+import time
+from itertools import zip_longest
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.executor import CacheCapacity
+from engine.layers.place import Place
+from engine.layers.rotary import cos_sin_table
+from engine.model_config import ModelConfig
+from engine.models.base import Model
+from engine.models.registry import find_model
+from engine.parallel.communicator import Communicator, Solo
+from engine.sampling_params import SamplingParams
+from engine.step import NewSequence, StepPlan, pack
+from engine.worker.backend import DTYPES
+from engine.worker.batch import Batch
+from engine.worker.cuda_graphs import DecodeGraphs
+from engine.worker.kv_cache import KvCache
+from engine.worker.largest_step import largest_step
+from engine.worker.mixed_graphs import MixedGraphs
+from engine.worker.model_runner import ModelRunner, ends_first
+from engine.worker.recorder import Recorder
+from engine.worker.rehearsal_task import Task
+from engine.worker.sampling_state import SamplingState
+from kernels.launch import Chip
+from kernels.rehearsal import Rehearsal
+
+logger = logging.getLogger(__name__)
+
+META = torch.device("meta")
+GREEDY = SamplingParams(temperature=0.0)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.95)
+
+
+class Silent:
+    """A Communicator of `size` ranks whose collectives carry nothing; `fused`: the residual sum and norm join in."""
+
+    rank = 0
+
+    def __init__(self, size: int, *, fused: bool) -> None:
+        self.size, self._fused = size, fused
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_reduce_add_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        return (torch.empty_like(x), torch.empty_like(x)) if self._fused else None
+
+    def all_gather(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        return torch.cat([tensor] * self.size, dim=dim)
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def rehearse(config: EngineConfig, model_config: ModelConfig) -> None:
+    """Go through a start and the first steps, inside an open kernels.rehearsal.Rehearsal. What comes first is first."""
+    size = config.tensor_parallel_size
+    model_config = few_layers(model_config)
+    ranks: list[Communicator] = [Solo()] if size == 1 else [Silent(size, fused=fused) for fused in (True, False)]
+    for communicator in ranks:
+        try:
+            with torch.inference_mode():
+                _rehearse_rank(config, model_config, communicator)
+        except Exception:  # what has not been met is compiled when it is needed
+            logger.exception("the rehearsal ended early")
+
+
+def few_layers(model_config: ModelConfig) -> ModelConfig:
+    """The same model with only as many layers as launch different kernels: the first two, and each sliding window."""
+    windows = model_config.sliding_windows
+    wanted = {0, 1, *(windows.index(window) for window in set(windows))}
+    kept = tuple(window for layer, window in enumerate(windows) if layer in wanted)
+    return dataclasses.replace(model_config, num_layers=len(kept), sliding_windows=kept)
+
+
+def _rehearse_rank(config: EngineConfig, model_config: ModelConfig, communicator: Communicator) -> None:
+    dtype = DTYPES[config.dtype]
+    model = find_model(model_config.architecture).load_class()(Place(META, dtype, communicator), model_config)
+    largest_step(config, model_config, model, META, dtype)
+    # Enough blocks that strides and sizes are as divisible as they will be.
+    capacity = CacheCapacity(1024, config.block_size)
+    cache = KvCache(capacity, model_config, communicator.size, dtype, META)
+    if not config.enforce_eager:
+        _record(config, model_config, model, cache)
+    runner = ModelRunner(config, model_config, model, cache, META, graphs=False)
+    for params in (GREEDY, SAMPLED):
+        for count in (1, 3, 16):
+            _prompts(config, runner, params, count)
+            runner.clear()
+
+
+def _record(config: EngineConfig, model_config: ModelConfig, model: Model, cache: KvCache) -> None:
+    """What Worker.allocate records, in its order."""
+    cos_sin = cos_sin_table(model_config.rope, model_config.head_dim, config.model_len + 1, META)
+    batch = Batch(config.max_num_seqs, config.model_len, config.block_size, META)
+    state = SamplingState(batch, config.max_num_seqs, model_config.vocab_size, model_config.eos_token_ids)
+    shared = (cache.layers, cos_sin, Recorder(META))
+    decodes = DecodeGraphs(model, batch, state, *shared)
+    mixed = MixedGraphs(model, batch, config.max_num_batched_tokens, *shared)
+    for mixed_size, size in zip_longest(ends_first(mixed.sizes), ends_first(decodes.sizes)):
+        if mixed_size is not None:
+            mixed.record(mixed_size)
+        if size is not None:
+            decodes.record(size)
+
+
+def _prompts(config: EngineConfig, runner: ModelRunner, params: SamplingParams, count: int) -> None:
+    """A step of `count` prompts that fill it, or a sequence each, and draw a token each."""
+    count = min(count, config.max_num_seqs)
+    length = max(1, min(config.model_len - 1, config.max_num_batched_tokens // count))
+    blocks = -(-length // config.block_size)
+    ids, ones = list(range(count)), [1] * count
+    prompt = pack(np.full(length, 7, np.int32))
+    table = pack(range(blocks))
+    new = [NewSequence(i, str(i), prompt, length, 0, table, params, i) for i in ids]
+    runner.run(
+        StepPlan(
+            0,
+            0,
+            new=new,
+            seq_ids=pack(ids),
+            num_tokens=pack(np.array(ones, np.int32) * length),
+            block_counts=pack(np.zeros(count, np.int32)),
+            sample_seqs=pack(ids),
+            sample_entries=pack(ids),
+        )
+    )
+
+
+def this_chip() -> Chip:
+    """The first GPU's; no context is made on it."""
+    properties = torch.cuda.get_device_properties(0)
+    return Chip((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def main() -> int:
+    """Rehearse the task on standard input; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    task: Task = pickle.load(sys.stdin.buffer)
+    imported_s = time.time() - task.begun_s
+    os.nice(5)
+    torch.set_num_threads(1)
+    workers = max(1, len(os.sched_getaffinity(0)) - 1) if task.workers is None else task.workers
+    rehearsal = Rehearsal(Chip(*task.chip) if task.chip else this_chip(), workers)
+    with rehearsal():
+        rehearse(task.config, task.model_config)
+        met_s = time.time() - task.begun_s
+    took_s = time.time() - task.begun_s
+    said = f"prepared {rehearsal.summary} in {took_s:.1f} s (imports {imported_s:.1f} s, all met after {met_s:.1f} s)"
+    logger.info(said)
+    task.stamp.parent.mkdir(parents=True, exist_ok=True)
+    task.stamp.write_text(said + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
