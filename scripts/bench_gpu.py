@@ -4,14 +4,14 @@
     python -m scripts.bench gpu --model llama3-70b --tp 2 --engines ray --cases decode-1,decode-256,chat-greedy
     python -m scripts.bench gpu --model micro --device cpu          a dry run
 
-Weights are dummies, output lengths forced. Every result is printed and written to the JSON file as it comes.
+Weights are dummies, output lengths forced. Every result is printed, with its ratios, and merged into the JSON
+file as it comes: a list of {case, model, tp, value, unit, anchor, limit, …}.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import platform
 import sys
 import tempfile
@@ -27,8 +27,10 @@ from engine.config import EngineConfig
 from engine.model_config import ModelConfig, resolve
 from engine.request import Request, SequenceOutput
 from engine.sampling_params import SamplingParams
+from engine.worker.preparation import Preparation
 from engine.worker.tracing import kernel_times
 from scripts import workload
+from scripts.bench_report import Row, host_kind, merge
 from scripts.model_shapes import SHAPES, model_folder
 
 Workload = list[tuple[list[int], int]]
@@ -124,30 +126,39 @@ ANCHORS: dict[tuple[str, int, str], tuple[float, float | None]] = {
 
 @dataclass
 class Report:
-    """Results as they come: printed, and written whole to a file each time."""
+    """Results as they come: printed with their ratios, and merged into a file each time.
+
+    A case through the Ray driver has its plain name; what an engine in this process reaches is marked.
+    """
 
     path: Path | None
     model: str
     tp: int
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
-    def add(self, case: str, engine: str, value: float, unit: str, **more: Any) -> None:
+    def add(self, case: str, engine: str, value: float, unit: str, note: str = "") -> None:
         anchor, limit = ANCHORS.get((self.model, self.tp, case), (None, None))
-        row = {"case": case, "engine": engine, "model": self.model, "tp": self.tp, "value": round(value, 3)}
-        row |= {"unit": unit, "anchor": anchor, "limit": limit, "host": versions(), **more}
-        self.rows.append(row)
+        name = case if engine == "ray" else f"{case} ({engine})"
         lower = unit.startswith(("ms", "s"))
-        ratio = (anchor / value if lower else value / anchor) if anchor and value else None
-        share = (limit / value if lower else value / limit) if limit and value else None
-        print(
-            f"{self.model} tp={self.tp} {engine:8} {case:18} {value:12,.2f} {unit:16}"
-            + (f" {ratio:5.2f} x vLLM 0.24 ({anchor:,})" if ratio else "")
-            + (f", {share:.0%} of the limit ({limit:,})" if share else "")
-            + (f"  {more}" if more else ""),
-            flush=True,
-        )
+        row = Row(name, self.model, self.tp, round(value, 3), unit, anchor, limit, lower_is_better=lower, note=note)
+        self.rows.append(row)
+        print(line_of(row), flush=True)
         if self.path is not None:
-            self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+            merge([row], self.path)
+
+
+def line_of(row: Row) -> str:
+    """One figure beside what vLLM 0.24 reaches and what is physically possible; above 1 is better than vLLM."""
+
+    def ratio(other: float) -> float:
+        return other / row.value if row.lower_is_better else row.value / other
+
+    line = f"{row.model} tp={row.tp} {row.case:26} {row.value:12,.2f} {row.unit:16}"
+    if row.anchor and row.value:
+        line += f" {ratio(row.anchor):5.2f} x vLLM 0.24 ({row.anchor:,})"
+    if row.limit and row.value:
+        line += f", {ratio(row.limit):.0%} of the limit ({row.limit:,})"
+    return f"{line}  {row.note}".rstrip()
 
 
 def versions() -> dict[str, str]:
@@ -231,6 +242,7 @@ def offline(config: EngineConfig, model_config: ModelConfig, report: Report) -> 
 def through_ray(config: EngineConfig, model_config: ModelConfig, report: Report) -> Iterator[Run]:
     """A driver actor and its worker actors, over the driver's socket."""
     began_s = time.perf_counter()
+    Preparation(config, model_config).begin()
     import ray
 
     from cluster.driver import start_driver, stop_driver
@@ -272,8 +284,10 @@ def run_case(name: str, engine: str, run: Run, vocab_size: int, report: Report, 
     timeline = run(requests)
     expected = sum(length for _, length in workload_)
     assert timeline.num_tokens == expected, f"{name}: {timeline.num_tokens} tokens instead of {expected}"
-    more = {"compiled": compiled.since(before)} if compiled.names[before:] else {}
-    report.add(name, engine, case.measure(workload_, timeline), case.unit, wall_s=round(timeline.wall_s, 3), **more)
+    note = f"{timeline.wall_s:.2f} s in all"
+    if compiled.names[before:]:
+        note += f"; {compiled.since(before)}"
+    report.add(name, engine, case.measure(workload_, timeline), case.unit, note)
 
 
 def warm_up(run: Run, vocab_size: int) -> float:
@@ -325,9 +339,8 @@ def profile(run: Run, requests: list[Request], first_step: int, num_steps: int, 
     top = list(totals.items())[:22]
     for kernel, total_us in top:
         print(f"    {total_us / num_steps / 1e3:8.3f} ms/step  {kernel[:100]}", flush=True)
-    shares = [(kernel[:60], round(total_us / num_steps / 1e3, 4)) for kernel, total_us in top]
     step_ms = (window[1] - window[0]) / num_steps * 1e3
-    report.add(f"busy, {name}", "offline", share * 100, "%", step_ms=round(step_ms, 3), kernels=shares)
+    report.add(f"busy, {name}", "offline", share * 100, "%", f"{step_ms:.3f} ms a step")
 
 
 PROFILES: dict[str, tuple[Callable[[int], Workload], int]] = {
@@ -366,7 +379,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.out is None:
         results = Path(__file__).parent / "results"
         results.mkdir(exist_ok=True)
-        args.out = results / f"{platform.node()}-{date.today().isoformat()}.json"
+        args.out = results / f"{host_kind()}-{date.today().isoformat()}.json"
     return args
 
 
@@ -394,6 +407,8 @@ def main(argv: list[str]) -> int:
                     make, first_step = PROFILES[name]
                     requests = list(make_requests(name, make(model_config.vocab_size), {}))
                     profile(run, requests, first_step, 4 if name == "prefill" else 30, name, report)
+    print(f"\n{', '.join(f'{name} {value}' for name, value in versions().items())}")
+    print("\n".join(line_of(row) for row in report.rows), flush=True)
     return 0
 
 

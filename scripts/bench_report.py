@@ -66,7 +66,11 @@ def _number(value: float) -> str:
 def save(rows: Sequence[Row], folder: Path = RESULTS) -> Path:
     """Write the rows to <host kind>-<date>.json in `folder`; those of cases measured again that day are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{host_kind()}-{date.today().isoformat()}.json"
+    return merge(rows, folder / f"{host_kind()}-{date.today().isoformat()}.json")
+
+
+def merge(rows: Sequence[Row], path: Path) -> Path:
+    """Write the rows to `path`, a list of them; rows of the same case, model and tp that it holds are replaced."""
     kept = json.loads(path.read_text()) if path.exists() else []
     new = [asdict(row) for row in rows]
     measured = {_key(row) for row in new}
