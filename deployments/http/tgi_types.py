@@ -91,6 +91,7 @@ class Parameters(BaseModel):
             given |= {"min_p": 0.0, "typical_p": self.typical_p or 1.0}
         given["repetition_penalty"] = self.repetition_penalty or 1.0
         given["frequency_penalty"] = self.frequency_penalty or 0.0
+        given["watermark"] = self.watermark
         if self.best_of is not None and self.best_of > 1:
             given["n"] = self.best_of
         if self.seed is not None:
@@ -120,7 +121,6 @@ class Parameters(BaseModel):
         _need("decoder_input_details", not (stream and self.decoder_input_details), "cannot be streamed")
         _need("stop", len(self.stop) <= MAX_STOP_SEQUENCES, f"supports up to {MAX_STOP_SEQUENCES} stop sequences")
         _need("top_n_tokens", 0 <= top_n <= MAX_TOP_N_TOKENS, f"must be >= 0 and <= {MAX_TOP_N_TOKENS}")
-        _need("watermark", not self.watermark, "is not supported by this server")
         _need("adapter_id", self.adapter_id is None, "is not supported: this server has no adapters")
 
 

@@ -15,6 +15,7 @@ from engine.worker.sampling_state import Rows, SamplingState
 from engine.worker.transfers import Download, upload
 from engine.worker.typical import keep_typical
 from kernels.sampling import adjust_logits, count_tokens, gather_logprobs, sample
+from kernels.watermark import add_watermark
 
 
 class Sampler:
@@ -37,6 +38,8 @@ class Sampler:
         tensors = dataclasses.replace(rows.tensors, positions=positions, bias=self._state.bias(rows, positions))
         if allowed is not None:
             tensors.allowed = allowed if tensors.allowed is None else allowed & tensors.allowed
+        if rows.watermarked is not None:
+            logits = add_watermark(logits, self._state.previous(rows.watermarked, positions))
         if rows.typical_p is not None:
             # Over the logits as adjusted; what is adjusted here is not adjusted again.
             logits = keep_typical(adjust_logits(logits, tensors).float(), tensors.temperature, rows.typical_p)

@@ -18,8 +18,8 @@ from engine.worker.batch import Batch, Float32Array, Int64Array
 from engine.worker.transfers import Numbers, upload
 from kernels.sampling import LogitBias, Penalties, SamplingTensors, pack_bitmask
 
-RANDOM, FILTER, PENALTY, BIAS, ALLOWED, MIN_TOKENS, BAD_WORDS, LOGPROBS, PROMPT_LOGPROBS, TYPICAL = (
-    1 << bit for bit in range(10)
+RANDOM, FILTER, PENALTY, BIAS, ALLOWED, MIN_TOKENS, BAD_WORDS, LOGPROBS, PROMPT_LOGPROBS, TYPICAL, WATERMARK = (
+    1 << bit for bit in range(11)
 )
 
 
@@ -36,6 +36,8 @@ class Rows:
     bad_words: _BadWords | None
     typical_p: Tensor | None
     """[B] float32; None: off in every row."""
+    watermarked: Tensor | None
+    """[B] int64: where in the batch's flat tokens the row's sequence begins; -1: not watermarked. None: no row is."""
     logprob_rows: Int64Array
     logprob_counts: list[int]
     """Of each logprob row: how many likeliest tokens it wants."""
@@ -179,6 +181,7 @@ class SamplingState:
             min_tokens=self._min_tokens(slots, flags) if union & MIN_TOKENS else None,
             bad_words=self._bad_words(slots, flags) if union & BAD_WORDS else None,
             typical_p=self._tensor(self._floats["typical_p"][slots]) if union & TYPICAL else None,
+            watermarked=self._watermarked(slots, flags) if union & WATERMARK else None,
             logprob_rows=logprob_rows,
             logprob_counts=[self.params[slot].logprobs or 0 for slot in slots[logprob_rows].tolist()],
         )
@@ -253,6 +256,14 @@ class SamplingState:
             prompts=self._tensor(self._batch.num_prompt[slots_of]),
         )
 
+    def previous(self, watermarked: Tensor, positions: Tensor) -> Tensor:
+        """The token before each row's position; -1 where the row is not watermarked. [B] int64."""
+        before = self._batch.tokens.view(-1)[(watermarked + positions - 1).clamp(min=0)]
+        return torch.where(watermarked >= 0, before, -1)
+
+    def _watermarked(self, slots: Int64Array, flags: Int64Array) -> Tensor:
+        return self._tensor(np.where(flags & WATERMARK, slots * self._batch.width, -1))
+
     def _tensor(self, array: Numbers) -> Tensor:
         return upload(array, self._device)
 
@@ -273,5 +284,6 @@ def _flags(params: SamplingParams) -> int:
         LOGPROBS: params.needs_logprobs,
         PROMPT_LOGPROBS: params.prompt_logprobs is not None,
         TYPICAL: params.typical_p < 1 and params.temperature > 0,
+        WATERMARK: params.watermark,
     }
     return sum(flag for flag, on in asked.items() if on)

@@ -6,9 +6,12 @@ import json
 
 import httpx
 import pytest
+import torch
 from huggingface_hub import InferenceClient
 from text_generation import Client
 from text_generation.errors import ValidationError as TgiValidationError
+
+from kernels.watermark import is_green
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,21 @@ def test_best_of(client):
         sum(t.logprob for t in s.tokens) / s.generated_tokens for s in [answer.details, *others]
     ]  # fmt: skip
     assert means[0] == max(means)
+
+
+def test_watermark(client):
+    shares = []
+    for watermark in (True, False):
+        green, count = 0, 0
+        for seed in range(16):
+            answer = client.generate(
+                "Tell me", max_new_tokens=60, do_sample=True, temperature=2.0, seed=seed, watermark=watermark
+            )
+            ids = torch.tensor([token.id for token in answer.details.tokens])
+            green += int(is_green(ids[:-1], ids[1:]).sum())
+            count += len(ids) - 1
+        shares.append(green / count)
+    assert shares[0] > shares[1] + 0.08
 
 
 def test_grammar(server):
@@ -122,7 +140,7 @@ def test_root_answers_a_list_or_a_stream(server):
         ({"max_new_tokens": 100000}, "context"),
         ({"best_of": 3}, "`best_of`"),
         ({"stop": list("abcde")}, "stop sequences"),
-        ({"watermark": True}, "`watermark`"),
+        ({"adapter_id": "other"}, "`adapter_id`"),
         ({"grammar": {"type": "regex", "value": "(["}}, "unclosed"),
         ({"top_n_tokens": 9}, "`top_n_tokens`"),
         ({"max_new_tokens": "many"}, "max_new_tokens"),

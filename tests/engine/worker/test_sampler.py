@@ -23,6 +23,7 @@ from engine.step import NewSequence, pack, unpack
 from engine.worker.batch import Batch
 from engine.worker.sampler import Sampler, sampled_logprobs
 from engine.worker.sampling_state import SamplingState
+from kernels.watermark import DELTA, is_green
 
 VOCAB = 50
 EOS = (2, 3)
@@ -303,3 +304,30 @@ def test_logprobs_of_the_rows_that_want_them() -> None:
         assert entry.logprob == pytest.approx(float(wanted[entry.sample, token]), abs=1e-5)
         assert entry.rank == 1 + int((logits[entry.sample] > logits[entry.sample, token]).sum())
         assert len(unpack(entry.top_ids)) == 0
+
+
+def test_a_watermark_greedily_takes_the_likeliest_of_the_lifted() -> None:
+    logits = random_logits(seed=3)
+    rows = Rows(4)
+    rows.add(SamplingParams(temperature=0, watermark=True))
+    rows.add(SamplingParams(temperature=0, watermark=True), output=[8, 9])
+    rows.add(SamplingParams(temperature=0))
+    drawn = rows.draw(logits.expand(3, -1))
+    for token, previous in zip(drawn, (8, 9), strict=False):
+        lifted = logits[0] + DELTA * is_green(torch.full((VOCAB,), previous), torch.arange(VOCAB))
+        assert token == int(lifted.argmax())
+    assert drawn[2] == int(logits.argmax())
+
+
+def test_penalties_come_after_a_watermark() -> None:
+    """As Text Generation Inference does: what is lifted above 0 is divided."""
+    green = is_green(torch.full((VOCAB,), 8), torch.arange(VOCAB))
+    seen = next(token for token in (5, 6, 7, 8) if green[token])
+    logits = torch.full((1, VOCAB), -9.0)
+    logits[0, seen] = -1.0  # lifted to 1, then divided by 5: 0.2
+    other = int((~green).nonzero()[-1])
+    for height, wanted in ((0.1, seen), (0.3, other)):
+        logits[0, other] = height
+        rows = Rows(2)
+        rows.add(SamplingParams(temperature=0, watermark=True, repetition_penalty=5.0))
+        assert rows.draw(logits) == [wanted]
