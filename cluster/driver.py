@@ -34,7 +34,8 @@ from cluster.messages import (
 )
 from cluster.metrics import Buckets, RayMetrics, buckets, snapshot
 from cluster.placement import DRIVER_CPUS, shortage, wait_for
-from cluster.rank_group import end_process, free_name
+from cluster.processes import end_process
+from cluster.rank_group import free_name
 from cluster.ray_executor import RayExecutor
 from cluster.recovery import RecoveryPolicy
 from cluster.worker_actor import RankFacts, environment, on_thread, set_up_process
@@ -169,7 +170,7 @@ class MantaDriver:
         self._tcp: Ticket | None = None
         self._stopped = threading.Event()
         self._failure = ""
-        policy = options.pop("policy", None)
+        policy = options.pop("policy", None) or RecoveryPolicy()
         node_id = ray.get_runtime_context().get_node_id()
         self._executor = RayExecutor(
             config,
@@ -177,6 +178,8 @@ class MantaDriver:
             placement_group=group,
             name=name.removesuffix(":driver"),
             on_trouble=self._look,
+            on_wait=self._waits,
+            first_step_s=policy.first_step_s,
             **options,
         )
         self._driver = Driver(
@@ -195,6 +198,9 @@ class MantaDriver:
 
     def _look(self) -> None:
         self._driver.loop.look()
+
+    def _waits(self, missing: str) -> None:
+        self._driver.loop.waits(missing)
 
     def start(self) -> DriverFacts:
         """Load and serve. Raises ConfigError, ModelLoadError or EngineUnavailable."""
@@ -233,10 +239,7 @@ class MantaDriver:
             return DriverHealth(state="failed", reason=self._failure)
         if not self._started:
             return DriverHealth(state="starting", reason="the model is loading")
-        health = self._driver.loop.health()
-        if health.state == "recovering" and (shortage := self._executor.waiting_for):
-            return msgspec.structs.replace(health, reason=f"{health.reason}; {shortage}")
-        return health
+        return self._driver.loop.health()
 
     @on_thread(CONTROL)
     def stats(self) -> dict[str, Any]:

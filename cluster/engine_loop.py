@@ -13,8 +13,15 @@ from typing import Any
 import msgspec
 
 from cluster.messages import Abort, DriverHealth, State, Submit, error_outputs
-from cluster.recovery import Quarantine, RecoveryBudget, RecoveryPolicy
-from engine.errors import EngineUnavailable, ExecutorDied, MantaError, RequestError, RequestFailed
+from cluster.recovery import RETRY_AFTER_S, Quarantine, RecoveryBudget, RecoveryPolicy
+from engine.errors import (
+    EngineUnavailable,
+    ExecutorDied,
+    MantaError,
+    RequestError,
+    RequestFailed,
+    ResourcesMissing,
+)
 from engine.executor import Executor
 from engine.llm_engine import LLMEngine
 from engine.request import Request, SequenceOutput
@@ -89,6 +96,9 @@ class EngineLoop:
         self._live: dict[str, _Live] = {}
         self._state: State = "ready"
         self._reason = ""
+        self._since_s = time.time()
+        self._waiting_for = ""
+        self._waits_since_s: float | None = None
         self._stopping = False
         self._idle = True
         self._beat_s = time.monotonic()
@@ -125,8 +135,34 @@ class EngineLoop:
         if state == "ready" and age_s > HEARTBEAT_LIMIT_S:
             state, reason = "failed", f"the engine's loop has not moved for {age_s:.0f} s"
         return DriverHealth(
-            state=state, reason=reason, idle=self._idle, progress_age_s=age_s, recoveries=self._budget.total
+            state=state,
+            reason=reason,
+            idle=self._idle,
+            progress_age_s=age_s,
+            recoveries=self._budget.total,
+            since_s=self._since_s,
+            waiting_for=self._waiting_for,
         )
+
+    def waits(self, missing: str) -> None:
+        """A restart waits for resources; empty: no longer. Requests are refused, aborted and failed meanwhile.
+
+        Raises EngineUnavailable when the loop is to end instead. Does nothing on another thread than the loop's.
+        """
+        if threading.current_thread() is not self._thread:
+            return
+        self._waiting_for = missing
+        if not missing:
+            self._waits_since_s = None
+            return
+        if self._stopping:
+            raise EngineUnavailable("the engine is stopping")
+        now_s = self._beat_s = time.monotonic()
+        if self._waits_since_s is None:
+            self._waits_since_s = now_s
+        self._take_messages()
+        if now_s - self._waits_since_s >= self._budget.policy.patience_s:
+            self._fail({name: live for name, live in self._live.items() if not any(live.tokens)}, self._missing())
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the loop after the step it waits for; every unfinished request fails with EngineUnavailable."""
@@ -145,7 +181,7 @@ class EngineLoop:
                 except ExecutorDied as error:
                     self._recover(error)
             self._fail_all(EngineUnavailable("the engine is stopping"))
-            self._state = "stopped"
+            self._enter("stopped")
         except Exception as error:
             logger.exception("the engine's loop failed")
             self._give_up(f"the engine's loop failed: {type(error).__name__}: {error}")
@@ -220,6 +256,8 @@ class EngineLoop:
         try:
             if self._state == "failed":
                 raise EngineUnavailable(self._reason)
+            if self._waiting_for:
+                raise self._missing()
             if request.request_id in self._live:
                 raise RequestError(f"request id {request.request_id!r} is already running", param="request_id")
             self._engine.add_request(request)
@@ -265,9 +303,18 @@ class EngineLoop:
         for client, mine in by_client.items():
             self._emit(client, mine)
 
+    def _enter(self, state: State, reason: str = "") -> None:
+        self._state, self._reason, self._since_s = state, reason, time.time()
+
+    def _missing(self) -> ResourcesMissing:
+        since = time.strftime("%H:%M:%S", time.gmtime(self._since_s))
+        return ResourcesMissing(
+            f"the engine is recovering since {since} UTC, {self._waiting_for}", retry_after_s=RETRY_AFTER_S
+        )
+
     def _recover(self, error: ExecutorDied) -> None:
         policy, suspects = self._budget.policy, self._engine.in_flight_requests()
-        self._state, self._reason = "recovering", str(error)
+        self._enter("recovering", str(error))
         logger.error("the executor failed: %s; %d requests will be resumed", error, len(self._live))
         if not self._budget.spend():
             self._give_up(f"{self._budget.total} failures in {policy.window_s:g} s; the last: {error}")
@@ -281,14 +328,17 @@ class EngineLoop:
                 self._engine.recover()
             except EngineUnavailable as failure:
                 last = failure
-                break
+                break  # it has waited long enough
             except Exception as failure:
                 last = failure
                 logger.error("recovery attempt %d of %d failed: %s", attempt + 1, policy.max_attempts, failure)
                 continue
-            self._state, self._reason = "ready", ""
+            self._enter("ready")
             logger.warning("recovered in %.2f s", time.monotonic() - began_s)
             self._judge(suspects & self._live.keys(), error)
+            return
+        self._waiting_for = ""
+        if self._stopping:
             return
         self._give_up(f"the engine could not be brought back: {last}")
 
@@ -320,7 +370,7 @@ class EngineLoop:
         return self._stopping
 
     def _give_up(self, reason: str) -> None:
-        self._state, self._reason = "failed", reason
+        self._enter("failed", reason)
         logger.error("giving up: %s", reason)
         self._fail_all(EngineUnavailable(reason))
 

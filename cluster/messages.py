@@ -71,11 +71,20 @@ class DriverHealth(msgspec.Struct, frozen=True):
     progress_age_s: float = 0.0
     """Seconds since the loop last gave a sign of life."""
     recoveries: int = 0
+    since_s: float = 0.0
+    """When this state began: seconds since 1970, 0 when it is not known."""
+    waiting_for: str = ""
+    """What the cluster must get before the engine can come back; empty when it has all."""
 
     @property
     def live(self) -> bool:
-        """The engine works, or is being brought back."""
+        """The engine works, or is being brought back: whoever replaces it would gain nothing."""
         return self.state in ("starting", "ready", "recovering")
+
+    @property
+    def healthy(self) -> bool:
+        """It is live, and nothing is missing that only somebody else can bring back."""
+        return self.live and not self.waiting_for
 
     @property
     def ready(self) -> bool:

@@ -13,8 +13,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.recovery import RETRY_AFTER_S
 from engine.config import EngineConfig
-from engine.errors import ConfigError, EngineUnavailable
+from engine.errors import ConfigError, ResourcesMissing
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ promise is a place, not a core."""
 DRIVER_CPUS = 0.1
 CPU_RANK_CPUS = 0.2
 GPU_RANK_CPUS = 0.5
-
-SAY_EVERY_S = 5.0
 
 
 def rank_bundle(config: EngineConfig) -> Bundle:
@@ -71,7 +70,7 @@ def place(
 ) -> Placement:
     """Find places for the ranks: in `group` (laid out as `bundles` says), or in a new group of their own.
 
-    Waits for resources, telling the log what it waits for. Raises EngineUnavailable after timeout_s, and ConfigError
+    Waits for resources, telling the log what it waits for. Raises ResourcesMissing after timeout_s, and ConfigError
     for a group with too few bundles.
     """
     needed = rank_bundles(config)
@@ -94,21 +93,22 @@ def place(
 def wait_for(
     group: PlacementGroup, *, name: str, timeout_s: float, tell: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Block until every bundle of `group` has its place; logs every few seconds what is missing.
+    """Block until every bundle of `group` has its place; the log says what is missing, once.
 
-    `tell` is given the same about once a second, and at last the empty string. Raises EngineUnavailable after
-    timeout_s.
+    `tell` is given the same about once a second, and at last the empty string. What it raises ends the wait. Raises
+    ResourcesMissing after timeout_s.
     """
-    began_s = said_s = time.monotonic()
+    began_s = time.monotonic()
+    logged = False
     while not group.wait(1.0):  # shorter waits are cut to none
-        now_s = time.monotonic()
-        said = f"{name}: waiting for resources: {shortage(group)} ({now_s - began_s:.0f} s)"
-        if now_s - began_s >= timeout_s:
-            raise EngineUnavailable(said, retry_after_s=SAY_EVERY_S)
-        tell(said)
-        if now_s - said_s >= SAY_EVERY_S:
-            said_s = now_s
-            logger.warning(said)
+        waited_s = time.monotonic() - began_s
+        missing = f"waiting for resources: {shortage(group)}"
+        if waited_s >= timeout_s:
+            raise ResourcesMissing(f"{name}: {missing} ({waited_s:.0f} s)", retry_after_s=RETRY_AFTER_S)
+        tell(missing)
+        if not logged:
+            logged = True
+            logger.warning("%s: %s; %.0f s at most", name, missing, timeout_s - waited_s)
     tell("")
 
 

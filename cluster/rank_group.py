@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import signal
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -15,21 +13,25 @@ import ray
 
 from cluster.framing import Ticket
 from cluster.placement import Placement, rank_bundle, shortage, wait_for
+from cluster.processes import end_process, process_state
+from cluster.rank_loop import Progress
+from cluster.recovery import RETRY_AFTER_S
 from cluster.worker_actor import MantaWorker, RankFacts, actor_class, environment
 from engine.config import EngineConfig
-from engine.errors import EngineUnavailable, ExecutorDied, MantaError
+from engine.errors import ExecutorDied, MantaError, ResourcesMissing
 from engine.executor import CacheCapacity
 from engine.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-PING_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 5.0
 """Long enough for a process that holds its interpreter, or waits for a core; a stopped one is recognised at once."""
+ANSWER_LOOKS = 10
 MEET_TIMEOUT_S = 120.0
 SURVIVE_TIMEOUT_S = 2.0
 """How long a rank whose peer died may take to leave its step; then it is replaced too."""
 SAY_EVERY_S = 5.0
-START_NOTE_S = 4.0
+START_NOTE_S = 10.0
 
 
 class Rank(msgspec.Struct):
@@ -41,9 +43,11 @@ class Rank(msgspec.Struct):
     """What its cache holds, once it is allocated."""
     loop: Any = None
     """Its run_loop task."""
-    ping: Any = None
-    """A ping that is not answered yet."""
-    pinged_s: float = 0.0
+    asked: Any = None
+    """A call of `progress` that is not read yet."""
+    asked_s: float = 0.0
+    looks: int = 0
+    """How often its answer was looked for since."""
 
 
 class RankGroup:
@@ -59,14 +63,14 @@ class RankGroup:
         worker_class: type[MantaWorker] = MantaWorker,
         resources_timeout_s: float = 600.0,
         load_timeout_s: float = 3600.0,
+        on_wait: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.name = name
         self._config, self._model_config, self._placement = config, model_config, placement
         self._node_id = ray.get_runtime_context().get_node_id()
         self._actor_class = actor_class(worker_class)
         self._resources_timeout_s, self._load_timeout_s = resources_timeout_s, load_timeout_s
-        self.waiting_for = ""
-        """What resources `bring_up` waits for."""
+        self._on_wait = on_wait
         self._ranks: list[Rank | None] = [None] * config.tensor_parallel_size
 
     @property
@@ -85,20 +89,17 @@ class RankGroup:
         """Where the ranks that are up are now."""
         return [rank.facts for rank in self._ranks if rank is not None and rank.facts is not None]
 
-    def _note_wait(self, said: str) -> None:
-        self.waiting_for = said
-
     # Up
 
     def bring_up(self) -> CacheCapacity:
         """Start the missing ranks, let all meet, and load the new ones; what each of them can hold.
 
-        Waits for resources. Raises EngineUnavailable when they do not come, ExecutorDied when a rank fails, and what
-        loading raises.
+        Waits for resources, and calls `on_wait` about once a second with what is missing, at last with the empty
+        string. Raises ResourcesMissing when they do not come, ExecutorDied when a rank fails, and what loading raises.
         """
         began_s = time.monotonic()
         wait_for(  # a node may be gone
-            self._placement.group, name=self.name, timeout_s=self._resources_timeout_s, tell=self._note_wait
+            self._placement.group, name=self.name, timeout_s=self._resources_timeout_s, tell=self._on_wait
         )
         kept = [rank for rank in self._ranks if rank is not None]
         for index, rank in enumerate(self._ranks):
@@ -136,17 +137,22 @@ class RankGroup:
 
     def _find(self, new: list[Rank]) -> None:
         """Wait until the new ranks have processes, and note where; that a node is lost may show only now."""
-        began_s = time.monotonic()
+        began_s, group = time.monotonic(), self._placement.group
         refs = [rank.actor.facts.remote() for rank in new]
-        while len(ray.wait(refs, num_returns=len(refs), timeout=START_NOTE_S)[0]) < len(refs):
+        told = False
+        while len(ray.wait(refs, num_returns=len(refs), timeout=1.0)[0]) < len(refs):
             waited_s = time.monotonic() - began_s
-            missing = f"{self.name}: waiting for resources: {shortage(self._placement.group)} ({waited_s:.0f} s)"
             if waited_s >= self._resources_timeout_s:
-                raise EngineUnavailable(missing, retry_after_s=START_NOTE_S)
-            if waited_s >= 2 * START_NOTE_S:  # a process takes a moment to start even where there is room
-                self._note_wait(missing)
-                logger.warning(missing)
-        self._note_wait("")
+                missing = f"waiting for resources: {shortage(group)}"
+                raise ResourcesMissing(f"{self.name}: {missing} ({waited_s:.0f} s)", retry_after_s=RETRY_AFTER_S)
+            # A process takes a moment to start even where there is room.
+            if waited_s >= START_NOTE_S or not group.wait(1.0):
+                missing = f"waiting for resources: {shortage(group)}"
+                self._on_wait(missing)
+                if not told:
+                    logger.warning("%s: %s", self.name, missing)
+                told = True
+        self._on_wait("")
         for rank, facts in zip(new, self._gather("starting", list(zip(new, refs)))):
             rank.facts = facts
 
@@ -204,20 +210,32 @@ class RankGroup:
                 return loops[ref], summary(error)
         return None
 
+    def progress(self) -> list[Progress] | None:
+        """What every rank says of itself, once all have answered the last call; asks again. Never blocks."""
+        ranks, now_s = self.ranks, time.monotonic()
+        answers = None
+        asked = [rank.asked for rank in ranks if rank.asked is not None]
+        if asked:
+            if len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) < len(asked):
+                return None
+            with contextlib.suppress(Exception):  # it is dead, and `ended` tells
+                answers = ray.get(asked)
+        for rank in ranks:
+            rank.asked, rank.asked_s, rank.looks = rank.actor.progress.remote(), now_s, 0
+        return answers
+
     def frozen(self) -> tuple[int, ...]:
-        """Ranks whose process is stopped, or has not answered a ping for a while. Never blocks: call it repeatedly."""
+        """Ranks whose process is stopped, or has not answered `progress` for a while. Never blocks."""
         return tuple(index for index, rank in enumerate(self.ranks) if self._is_frozen(rank))
 
     def _is_frozen(self, rank: Rank) -> bool:
-        now_s = time.monotonic()
-        if rank.ping is None:
-            rank.ping, rank.pinged_s = rank.actor.ping.remote(), now_s
-        elif ray.wait([rank.ping], timeout=0)[0]:
-            rank.ping = None  # it answered, or it is dead and `ended` tells
-        elif now_s - rank.pinged_s > PING_TIMEOUT_S:
-            return True
         facts = rank.facts
-        return facts is not None and facts.node_id == self._node_id and process_state(facts.pid) in ("T", "t")
+        if facts is not None and facts.node_id == self._node_id and process_state(facts.pid) in ("T", "t"):
+            return True
+        rank.looks += 1
+        late = rank.asked is not None and time.monotonic() - rank.asked_s > ANSWER_TIMEOUT_S
+        # Several looks: this process may have been held up itself.
+        return late and rank.looks >= ANSWER_LOOKS and not ray.wait([rank.asked], timeout=0)[0]
 
     # Down
 
@@ -237,7 +255,7 @@ class RankGroup:
             if rank is not None and index not in kept:
                 self._end(index, 0.0)
             elif rank is not None:
-                rank.loop = rank.ping = None
+                rank.loop = rank.asked = None
 
     def _survivors(self) -> list[int]:
         loops = {rank.loop: index for index, rank in enumerate(self._ranks) if rank is not None and rank.loop}
@@ -277,37 +295,6 @@ def least(capacities: list[CacheCapacity]) -> CacheCapacity:
         block_size=sizes.pop(),
         num_host_blocks=min(capacity.num_host_blocks for capacity in capacities),
     )
-
-
-def end_process(pid: int, patience_s: float) -> None:
-    """Wait for a Ray worker process of this node to end, and kill it when it does not (a stopped one never would)."""
-    deadline_s = time.monotonic() + patience_s
-    killed = False
-    while is_ray_worker(pid):
-        if time.monotonic() > deadline_s:
-            if killed:
-                logger.warning("process %d does not end", pid)
-                return
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            killed, deadline_s = True, deadline_s + 5
-        time.sleep(0.005)
-
-
-def is_ray_worker(pid: int) -> bool:
-    """Whether `pid` is a live process that Ray started; a process id may have been given to another."""
-    try:
-        return b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def process_state(pid: int) -> str:
-    """One letter: R running, S sleeping, T stopped, Z dead and not yet reaped; empty when there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
 
 
 def free_name(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -12,6 +13,8 @@ from typing import Protocol
 
 import msgspec
 
+from cluster.peers import Peers
+from cluster.processes import has_children, process_state
 from cluster.step_channel import RankFault, RankLink
 from engine.errors import ExecutorDied
 from engine.step import StepMasks, StepPlan, StepResult, decode_masks, decode_plan, encode, unpack
@@ -42,13 +45,26 @@ class StepWorker(Protocol):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a rank is."""
+    """How far a rank is, and whether its thread that runs plans works or sleeps."""
 
-    submitted: int
+    submitted: int = 0
     """Steps handed to the device."""
-    done: int
-    busy_s: float
+    done: int = 0
+    busy_s: float = 0.0
     """How long the oldest step that is not done has been running; 0 when there is none."""
+    collectives: int = 0
+    """Entered since the loop began; they are only counted on a CPU."""
+    meeting: bool = False
+    """In a collective now."""
+    thread_s: float = 0.0
+    """CPU time of the thread."""
+    process_s: float = 0.0
+    runs: bool = False
+    """The thread runs, or waits for a core or a disk."""
+    awaits_driver: bool = False
+    """The thread waits for the masks of its plan."""
+    preparing: bool = False
+    """A plan is not on the device yet, while the thread or a child process works for it: kernels are compiled."""
 
 
 class RankLoop:
@@ -59,10 +75,21 @@ class RankLoop:
     """
 
     def __init__(
-        self, worker: StepWorker, link: RankLink, rank: int, *, bind: Callable[[], None] | None = None
+        self,
+        worker: StepWorker,
+        link: RankLink,
+        rank: int,
+        *,
+        bind: Callable[[], None] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self._worker, self._link, self._rank = worker, link, rank
         self._bind = bind or (lambda: None)
+        self._peers = peers
+        self._thread = 0
+        self._clock: int | None = None
+        """The CPU clock of the thread that runs plans, while it does."""
+        self._submitting = self._awaiting = False
         self._running: queue.SimpleQueue[tuple[int, PendingStep] | None] = queue.SimpleQueue()
         self._submitted = 0
         self._done = 0
@@ -71,11 +98,35 @@ class RankLoop:
 
     @property
     def progress(self) -> Progress:
+        """From any other thread."""
+        clock, peers = self._clock, self._peers
         busy = self._submitted > self._done
-        return Progress(self._submitted, self._done, time.monotonic() - self._since_s if busy else 0.0)
+        state = process_state(os.getpid(), self._thread) if clock is not None else ""
+        works = state in ("R", "D")
+        return Progress(
+            submitted=self._submitted,
+            done=self._done,
+            busy_s=time.monotonic() - self._since_s if busy else 0.0,
+            collectives=peers.entered if peers is not None else 0,
+            meeting=peers is not None and peers.meeting,
+            thread_s=time.clock_gettime(clock) if clock is not None and state else 0.0,
+            process_s=time.process_time(),
+            runs=works,
+            awaits_driver=self._awaiting,
+            preparing=self._submitting and (works or has_children(os.getpid())),
+        )
 
     def run(self) -> str:
         """Run until the link ends; says why it ended. Bind the device to this thread first."""
+        if self._peers is not None:
+            self._peers.restart_count()
+        self._thread, self._clock = threading.get_native_id(), time.pthread_getcpuclockid(threading.get_ident())
+        try:
+            return self._run()
+        finally:
+            self._clock = None
+
+    def _run(self) -> str:
         answerer = threading.Thread(target=self._answer, name="manta-answers", daemon=True)
         answerer.start()
         reason = "the link was closed"
@@ -92,7 +143,9 @@ class RankLoop:
                     self._since_s = time.monotonic()
                 self._submitted += 1
                 self._log(plan)
+                self._submitting = True
                 pending = self._worker.submit(plan, self._await_masks)
+                self._submitting = False
                 if pending.done and self._submitted == self._done + 1:
                     self._finish(pending)  # no device to wait for: spare the other thread
                 else:
@@ -108,7 +161,9 @@ class RankLoop:
 
     def _await_masks(self) -> StepMasks:
         """The masks of the plan just received: they come behind it, before any other plan."""
+        self._awaiting = True
         payload = self._link.receive()
+        self._awaiting = False
         if payload is None:
             raise ConnectionError("the link was closed before the step's masks came")
         return decode_masks(payload)

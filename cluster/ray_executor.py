@@ -20,14 +20,15 @@ from ray.util.placement_group import PlacementGroup
 from cluster.placement import Placement, place
 from cluster.rank_group import RankGroup, summary
 from cluster.rank_loop import FAULT, decode_fault
-from cluster.recovery import StepClock
+from cluster.stall_watch import StallWatch
 from cluster.step_channel import ActorChannel, SocketChannel, StepChannel
+from cluster.step_clock import PlanSizes, StepClock, StepSize
 from cluster.worker_actor import MantaWorker, RankFacts, environment
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ExecutorDied
 from engine.executor import CacheCapacity
 from engine.model_config import ModelConfig
-from engine.step import StepMasks, StepPlan, StepResult, decode_result, encode, unpack
+from engine.step import StepMasks, StepPlan, StepResult, decode_result, encode
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class _Pending(msgspec.Struct):
     """A step in flight."""
 
     plan: tuple[int, int]
-    num_tokens: int
+    size: StepSize
     submitted_s: float
     future: Any
 
@@ -48,7 +49,9 @@ class RayExecutor:
 
     Where Ray is not initialised yet, it is (see start_ray). The actors live in `placement_group` (laid out as
     placement.bundles says), or in a group of their own. `on_trouble` is called, on some thread, when a rank is lost:
-    ask `check` then. `config` is resolved.
+    ask `check` then. `on_wait` is called by the thread that starts or restarts, about once a second while resources
+    are missing: what it raises ends the wait. `first_step_s` is what a step may take that compiles kernels. `config` is
+    resolved.
     """
 
     def __init__(
@@ -58,15 +61,17 @@ class RayExecutor:
         *,
         placement_group: PlacementGroup | None = None,
         name: str | None = None,
-        on_trouble: Callable[[], None] | None = None,
+        on_trouble: Callable[[], None] = lambda: None,
+        on_wait: Callable[[str], None] = lambda _: None,
         resources_timeout_s: float = 600.0,
         load_timeout_s: float = 3600.0,
+        first_step_s: float = 300.0,
         worker_class: type[MantaWorker] = MantaWorker,
     ) -> None:
         self._config, self._model_config = config, model_config
         self._given_group = placement_group
         self.name = name or f"manta:{Path(model_config.folder).name}"
-        self._on_trouble = on_trouble or (lambda: None)
+        self._on_trouble, self._on_wait = on_trouble, on_wait
         self._resources_timeout_s, self._load_timeout_s = resources_timeout_s, load_timeout_s
         self._worker_class = worker_class
         self._owns_ray = False
@@ -76,7 +81,10 @@ class RayExecutor:
         self._lock = threading.Lock()
         self._pending: deque[_Pending] = deque()
         self._last_result_s = 0.0
-        self._clock = StepClock()
+        on_cpu = config.device == "cpu"
+        self._clock = StepClock(first_s=first_step_s, floor_s=10.0 if on_cpu else 5.0)
+        self._sizes = PlanSizes()
+        self._watch = StallWatch(on_cpu=on_cpu)
         self._died: ExecutorDied | None = None
         self._generation = 0
         self._complete = False
@@ -100,6 +108,7 @@ class RayExecutor:
                 worker_class=self._worker_class,
                 resources_timeout_s=self._resources_timeout_s,
                 load_timeout_s=self._load_timeout_s,
+                on_wait=self._on_wait,
             )
             return self._bring_up()
         except BaseException:
@@ -135,11 +144,6 @@ class RayExecutor:
         """Where the ranks are now."""
         return self._group.facts if self._group is not None else []
 
-    @property
-    def waiting_for(self) -> str:
-        """What resources a start or a restart waits for now; empty when it waits for none."""
-        return self._group.waiting_for if self._group is not None else ""
-
     def _bring_up(self) -> CacheCapacity:
         assert self._group is not None
         self._generation += 1
@@ -161,6 +165,7 @@ class RayExecutor:
         with self._lock:
             self._died = None
             self._last_result_s = time.monotonic()
+            self._sizes = PlanSizes()
             self._channel = channel
         group.open_loops(channel.tickets([facts.node_id for facts in group.facts]))
         deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
@@ -180,8 +185,7 @@ class RayExecutor:
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         future: Future[StepResult] = Future()
-        tokens = int(unpack(plan.num_tokens).sum()) if plan.num_tokens else 0
-        step = _Pending((plan.epoch, plan.step), tokens, time.monotonic(), future)
+        step = _Pending((plan.epoch, plan.step), self._sizes.size(plan), time.monotonic(), future)
         payload = encode(plan)
         with self._lock:
             died, channel = self._died, self._channel
@@ -217,15 +221,19 @@ class RayExecutor:
             if not self._pending:
                 return
             oldest = self._pending[0]
-            age_s = time.monotonic() - max(oldest.submitted_s, self._last_result_s)
-        if age_s < self._clock.suspect_s(oldest.num_tokens):
+        now_s, group = time.monotonic(), self._group
+        assert group is not None
+        if not self._watch.begin((self._generation, oldest.plan), now_s):
             return
-        assert self._group is not None
-        frozen = self._group.frozen()
-        if frozen:
-            self._die(ExecutorDied(f"ranks {frozen} are frozen, {age_s:.1f} s into a step", ranks=frozen))
-        elif age_s > self._clock.stuck_s(oldest.num_tokens):
-            self._die(ExecutorDied(f"step {oldest.plan} has run for {age_s:.1f} s: the ranks live but are stuck"))
+        answers = group.progress()
+        if frozen := group.frozen():
+            self._die(
+                ExecutorDied(f"ranks {frozen} are frozen, {self._watch.waited_s:.1f} s into a step", ranks=frozen)
+            )
+            return
+        stall = self._watch.judge(answers, self._clock.stuck_s(oldest.size), self._clock.first_s, now_s)
+        if stall is not None:
+            self._die(ExecutorDied(f"step {oldest.plan} is stuck: {stall.reason}", ranks=stall.ranks))
 
     def _die(self, error: ExecutorDied) -> None:
         """Note a failure, once, and fail what is in flight."""
@@ -259,7 +267,7 @@ class RayExecutor:
             took_s = now_s - max(step.submitted_s, self._last_result_s)
             self._last_result_s = now_s
         assert step.plan == (result.epoch, result.step), f"answer {result.epoch}:{result.step} to {step.plan}"
-        self._clock.observe(step.num_tokens, took_s)
+        self._clock.observe(step.size, took_s)
         step.future.set_result(result)
 
     def _lost(self, generation: int, rank: int, reason: str) -> None:

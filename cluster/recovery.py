@@ -1,4 +1,4 @@
-"""When to call a step stuck, and how often to bring an engine back."""
+"""How often to bring an engine back, and who is to blame."""
 
 from __future__ import annotations
 
@@ -7,43 +7,8 @@ from collections import deque
 
 import msgspec
 
-
-class StepClock:
-    """Learns how long steps take, by their size, so that a deadline follows what was measured.
-
-    Sizes fall into powers of two of tokens. A size never seen is judged by the largest smaller one, scaled up, and by
-    `first_s` before anything was measured: the first steps compile kernels and touch fresh memory.
-    """
-
-    def __init__(self, *, first_s: float = 60.0, floor_s: float = 0.05) -> None:
-        self.first_s, self.floor_s = first_s, floor_s
-        self._slowest: dict[int, float] = {}
-
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """Note one step. The slowest counts, and fades by a tenth with every quicker one."""
-        size = num_tokens.bit_length()
-        self._slowest[size] = max(seconds, self._slowest.get(size, 0.0) * 0.9)
-
-    def expected_s(self, num_tokens: int) -> float:
-        """An upper guess of one step's time."""
-        size = num_tokens.bit_length()
-        known = self._known(size)
-        if size in self._slowest:
-            return max(known, self.floor_s)
-        # Attention makes a chunk's time grow faster than its tokens: 3 for every doubling above the measured size.
-        nearest = max((seen for seen in self._slowest if seen < size), default=size)
-        return max(known * 3.0 ** (size - nearest), self.first_s)
-
-    def suspect_s(self, num_tokens: int) -> float:
-        """After this long the ranks are asked whether they live; a frozen one does not answer."""
-        return max(1.0, 5 * (self.floor_s + self._known(num_tokens.bit_length())))
-
-    def stuck_s(self, num_tokens: int) -> float:
-        """After this long a step counts as stuck even when every rank answers (hung in a collective)."""
-        return max(10.0, 20 * self.expected_s(num_tokens))
-
-    def _known(self, size: int) -> float:
-        return max((seconds for seen, seconds in self._slowest.items() if seen <= size), default=0.0)
+RETRY_AFTER_S = 5.0
+"""When to ask again, told to those who are refused while resources are missing."""
 
 
 class RecoveryPolicy(msgspec.Struct, frozen=True):
@@ -56,8 +21,13 @@ class RecoveryPolicy(msgspec.Struct, frozen=True):
     max_failures: int = 10
     """Failures survived within `window_s`; one more and the engine gives up."""
     window_s: float = 60.0
+    patience_s: float = 10.0
+    """Once a restart has waited for resources for so long, requests without a token yet are failed: they can be asked
+    again elsewhere. New ones are refused as soon as it waits."""
     max_recoveries: int = 3
     """A request that was in this many failed steps running, more than any other, is failed. At least 2."""
+    first_step_s: float = 300.0
+    """A step that must compile its kernels first may take this; for others the measured times say what is too long."""
 
 
 class RecoveryBudget:

@@ -10,20 +10,18 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import ray
 
 from cluster.framing import Ticket
+from cluster.peers import Peers
 from cluster.rank_loop import Progress, RankLoop, StepWorker
 from cluster.step_channel import QueueLink, RankLink, SocketLink
 from engine.config import EngineConfig
 from engine.executor import CacheCapacity
 from engine.model_config import ModelConfig
-
-if TYPE_CHECKING:
-    from engine.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
 
@@ -61,19 +59,6 @@ class RankFacts(msgspec.Struct, frozen=True):
     node_ip: str
 
 
-class Peers:
-    """The rank's communicator, which can be replaced by one with other peers while the model keeps hold of this."""
-
-    def __init__(self, communicator: Communicator) -> None:
-        self._communicator = communicator
-
-    def replace(self, communicator: Communicator) -> None:
-        self._communicator = communicator
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._communicator, name)
-
-
 class MantaWorker:
     """Holds one rank. Control calls (default group) answer while the loop runs."""
 
@@ -94,12 +79,9 @@ class MantaWorker:
         context = ray.get_runtime_context()
         return RankFacts(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address())
 
-    def ping(self) -> str:
-        """What the rank is doing; answers while it computes."""
-        return self._stage
-
-    def progress(self) -> Progress | None:
-        return self._loop.progress if self._loop is not None else None
+    def progress(self) -> Progress:
+        """How far the rank is; answers while it computes."""
+        return self._loop.progress if self._loop is not None else Progress()
 
     def free_address(self, host: str) -> str:
         """A free "host:port" of this node, for the ranks to meet at."""
@@ -126,10 +108,12 @@ class MantaWorker:
         config = self._config
         self._stage = "meeting the other ranks"
         if self._peers is not None:
-            self._peers.close()
-            self._peers.replace(connect(self._rank, config.tensor_parallel_size, meeting, config.device, timeout_s))
+            self._peers.reconnect(
+                lambda: connect(self._rank, config.tensor_parallel_size, meeting, config.device, timeout_s)
+            )
 
     def _load(self, meeting: str, timeout_s: float) -> RankWorker:
+        from engine.parallel.communicator import Communicator
         from engine.parallel.group import connect
         from engine.worker.worker import Worker
 
@@ -137,10 +121,9 @@ class MantaWorker:
         if not Path(model_config.folder).is_dir():
             model_config = ModelConfig.load(config)  # this node has its own copy
         self._stage = "meeting the other ranks"
-        group = connect(self._rank, config.tensor_parallel_size, meeting, config.device, timeout_s)
+        group: Communicator = connect(self._rank, config.tensor_parallel_size, meeting, config.device, timeout_s)
         if config.device == "cpu":
-            self._peers = Peers(group)
-            group = cast("Communicator", self._peers)
+            group = self._peers = Peers(group)
         worker = Worker(config, model_config, self._rank, group)
         self._stage = "loading weights"
         worker.load(progress=self._rank == 0)
@@ -164,7 +147,7 @@ class MantaWorker:
             link = SocketLink.open(ticket, self._rank)
         else:
             link = self._queue_link
-        self._loop = RankLoop(self._worker, link, self._rank, bind=lambda: bind_device(self._config))
+        self._loop = RankLoop(self._worker, link, self._rank, bind=lambda: bind_device(self._config), peers=self._peers)
         self._stage = "running"
         try:
             return self._loop.run()

@@ -94,6 +94,10 @@ class EngineUnavailable(MantaError):
         super().__init__(message)
 
 
+class ResourcesMissing(EngineUnavailable):
+    """The engine cannot come back before the cluster has what it needs: a node or a GPU is gone."""
+
+
 class DeadlineExceeded(MantaError):
     """A request that was not finished in the time it had; what it had drawn is dropped."""
 

@@ -13,9 +13,9 @@ _json = msgspec.json.Encoder()
 
 
 async def health(request: Request) -> Response:
-    """200 while the engine works or is being brought back, 503 with the reason when not."""
+    """200 while the engine works or is being brought back; 503 with why when it cannot, or resources are missing."""
     report = await open_service(request).health()
-    return Response(_json.encode(report), 200 if report.live else 503, media_type="application/json")
+    return Response(_json.encode(report), 200 if report.healthy else 503, media_type="application/json")
 
 
 async def ready(request: Request) -> Response:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.rank_group import is_ray_worker
+from cluster.processes import is_ray_worker
 from tests.checkpoints import make_checkpoint
 from tests.made_tokenizers import byte_level
 

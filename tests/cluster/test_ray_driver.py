@@ -14,7 +14,7 @@ from cluster.driver import start_driver, stop_driver
 from cluster.driver_client import DriverClient
 from cluster.messages import error_of
 from cluster.placement import STRATEGY, bundles
-from cluster.rank_group import is_ray_worker
+from cluster.processes import is_ray_worker
 from engine.config import EngineConfig
 from engine.errors import EngineUnavailable, ModelLoadError, PromptTooLong
 from engine.llm_engine import LLMEngine

@@ -1,39 +1,6 @@
 import pytest
 
-from cluster.recovery import Quarantine, RecoveryBudget, RecoveryPolicy, StepClock
-
-
-def test_the_clock_trusts_nothing_before_the_first_step():
-    clock = StepClock(first_s=60)
-    assert clock.suspect_s(1) == 1.0
-    assert clock.stuck_s(1) == 1200
-
-
-def test_deadlines_follow_the_measured_time():
-    clock = StepClock()
-    for _ in range(5):
-        clock.observe(1, 0.004)
-    assert clock.suspect_s(1) == 1.0
-    assert clock.stuck_s(1) == 10.0
-    clock.observe(8192, 2.0)
-    assert clock.suspect_s(8192) == pytest.approx(10.25)
-    assert clock.stuck_s(8192) == pytest.approx(40.0)
-    assert clock.suspect_s(1) == 1.0
-
-
-def test_one_slow_step_fades():
-    clock = StepClock()
-    clock.observe(1, 5.0)
-    for _ in range(60):
-        clock.observe(1, 0.01)
-    assert clock.expected_s(1) < 0.06
-
-
-@pytest.mark.parametrize("growth", [2, 8, 64])
-def test_a_size_never_seen_gets_more_time_than_any_step_of_its_kind_takes(growth):
-    clock = StepClock()
-    clock.observe(128, 0.5)
-    assert clock.stuck_s(128 * growth) >= 20 * 0.5 * growth**1.5
+from cluster.recovery import Quarantine, RecoveryBudget, RecoveryPolicy
 
 
 def test_the_budget_is_a_window(monkeypatch):

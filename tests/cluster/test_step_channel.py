@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from cluster.measure import IdleRank, IdleWorker, decode_plan, idle_executor, measure_dispatch
-from cluster.rank_group import is_ray_worker
+from cluster.processes import is_ray_worker
 from cluster.step_channel import SocketChannel, SocketLink
 from engine.errors import ExecutorDied
 from engine.sampling_params import SamplingParams
