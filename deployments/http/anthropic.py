@@ -120,7 +120,7 @@ class _Call:
         if mode in ("required", "named"):
             single = mode == "named" or bool((body.tool_choice or {}).get("disable_parallel_tool_use"))
             params = params.replace(grammar=forced_calls(functions, parallel=not single))
-        self.form = form_of(service, mode, service.tokenizer.decode_raw(ids[-16:]), None)
+        self.form = form_of(service, mode, ids, params)
         self.generation = service.generate(ids, params, request_id=self.id)
 
     @property

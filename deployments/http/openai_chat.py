@@ -18,6 +18,7 @@ from deployments.http.openai_replies import (
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
+    CompletionTokensDetails,
     FunctionCall,
     FunctionDelta,
     ToolCall,
@@ -27,12 +28,12 @@ from deployments.http.openai_replies import (
 )
 from deployments.http.openai_types import ChatCompletionRequest
 from deployments.http.sse import DONE, event
-from deployments.http.structured import forced_calls, form_of, grammar_of, tools_of
+from deployments.http.structured import forced_calls, form_of, grammar_of, reasoning_tokens, tools_of
 from deployments.parsing.answer import AnswerDelta, AnswerForm, AnswerParser
 from deployments.parsing.tool_calls import ToolCallDelta
 from deployments.service import ModelService
 from engine.errors import PromptTooLong, RequestError
-from engine.output import Logprobs, OutputDelta
+from engine.output import Logprobs, OutputDelta, RequestOutput
 from engine.sampling_params import SamplingParams
 
 
@@ -84,8 +85,7 @@ class _Chat(Call[ChatCompletionRequest]):
             documents=body.documents,
             variables=self._variables(),
         )
-        tail = self.service.tokenizer.decode_raw(ids[-16:])
-        self.form = form_of(self.service, self.tool_mode, tail, body.chat_template)
+        self.form = form_of(self.service, self.tool_mode, ids, self.params, body.chat_template)
         try:
             self.submit([ids], self.params)
         except PromptTooLong as error:
@@ -109,7 +109,7 @@ class _Chat(Call[ChatCompletionRequest]):
             if self.body.return_token_ids:
                 choice.token_ids = output.token_ids
             choices.append(choice)
-        told = usage(batch.num_prompt_tokens, result.num_completion_tokens, result.num_cached_tokens)
+        told = self._usage(result)
         answer = ChatCompletion(self.id, self.created, self.service.name, choices, told)
         if self.body.return_token_ids:
             answer.prompt_token_ids = result.prompt_token_ids
@@ -140,9 +140,13 @@ class _Chat(Call[ChatCompletionRequest]):
             if body.include_usage:
                 result = batch.generations[0].result
                 assert result is not None
-                told = usage(batch.num_prompt_tokens, result.num_completion_tokens, result.num_cached_tokens)
-                yield event(self._chunk([], told))
+                yield event(self._chunk([], self._usage(result)))
         yield DONE
+
+    def _usage(self, result: RequestOutput) -> Usage:
+        told = usage(len(result.prompt_token_ids), result.num_completion_tokens, result.num_cached_tokens)
+        told.completion_tokens_details = CompletionTokensDetails(reasoning_tokens(self.service, self.form, result))
+        return told
 
     def _chunk(self, choices: list[ChatChunkChoice], told: Usage | None) -> ChatChunk:
         return ChatChunk(self.id, self.created, self.service.name, choices, usage=self.shown(told))

@@ -19,7 +19,7 @@ from deployments.http.context import answer_headers, caller_of, check_model, ser
 from deployments.http.errors import NotSupported, failure_of, request_id_of
 from deployments.http.responses_types import ResponsesRequest
 from deployments.http.sse import start_stream, until_disconnect
-from deployments.http.structured import forced_calls, form_of, grammar_of, tools_of
+from deployments.http.structured import forced_calls, form_of, grammar_of, reasoning_tokens, tools_of
 from deployments.parsing.answer import AnswerDelta, AnswerForm, AnswerParser
 from deployments.service import ModelService
 from engine.errors import RequestError
@@ -151,7 +151,7 @@ class _Call:
         effort = {} if chat.reasoning_effort is None else {"reasoning_effort": chat.reasoning_effort}
         tools = chat.tools if self.tool_mode != "none" else None
         ids = await service.encode_chat(chat.messages, params, tools=tools, variables=effort)
-        self.form = form_of(service, self.tool_mode, service.tokenizer.decode_raw(ids[-16:]), None)
+        self.form = form_of(service, self.tool_mode, ids, params)
         self.generation = service.generate(ids, params, request_id=self.id)
 
     @property
@@ -204,7 +204,7 @@ class _Call:
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": result.num_cached_tokens},
             "output_tokens": output,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": reasoning_tokens(self.service, self.form, result)},
             "total_tokens": prompt + output,
         }
         if self.body.store is not False:

@@ -7,9 +7,13 @@ from typing import Any
 
 from deployments.http.openai_types import ChatCompletionRequest, GenerationRequest
 from deployments.parsing.answer import AnswerForm, ToolMode, calls_schema, speaks, thinks
+from deployments.parsing.reasoning import count_reasoning
 from deployments.service import ModelService
+from engine.detokenizer import IncrementalDetokenizer
 from engine.errors import RequestError
 from engine.grammar import Grammar
+from engine.output import RequestOutput
+from engine.sampling_params import SamplingParams
 
 _GUIDED = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _KINDS: dict[str, Any] = {"json": "json_schema"}
@@ -111,10 +115,27 @@ def _function(where: str, tool: Any) -> dict[str, Any]:
     return function
 
 
-def form_of(service: ModelService, mode: ToolMode, prompt: str, template: str | None) -> AnswerForm:
-    """How the answers of this chat are to be read."""
+def form_of(
+    service: ModelService, mode: ToolMode, ids: list[int], params: SamplingParams, template: str | None = None
+) -> AnswerForm:
+    """How the answers of this chat, whose prompt's token ids are `ids`, are to be read.
+
+    What a grammar shapes is the answer, even where the prompt has opened the reasoning.
+    """
     text = template or service.tokenizer.template_text
+    prompt = service.tokenizer.decode_raw(ids[-16:]) if params.grammar is None else ""
     return AnswerForm(reasoning=thinks(text), prompt=prompt, tools=mode, tool_format=speaks(text))
+
+
+def reasoning_tokens(service: ModelService, form: AnswerForm, result: RequestOutput) -> int:
+    """How many tokens of all samples are reasoning."""
+    if not form.reasoning:
+        return 0
+    count = 0
+    for output in result.outputs:
+        text = IncrementalDetokenizer(service.tokenizer, prompt_token_ids=result.prompt_token_ids)
+        count += count_reasoning(output.token_ids, lambda i, text=text: text.push((i,)), prompt=form.prompt)  # type: ignore[misc]
+    return count
 
 
 def forced_calls(functions: list[dict[str, Any]], *, parallel: bool) -> Grammar:

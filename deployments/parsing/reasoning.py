@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from deployments.parsing.markers import MarkerScanner
 
 OPEN, CLOSE = "<think>", "</think>"
+
+
+def count_reasoning(token_ids: Sequence[int], text_of: Callable[[int], str], *, prompt: str = "") -> int:
+    """How many of a sample's first tokens are its reasoning, the tags included; `text_of` is what each of them adds."""
+    splitter = ReasoningSplitter(prompt=prompt)
+    for count, token_id in enumerate(token_ids):
+        splitter.push(text_of(token_id))
+        if splitter.at == "content":
+            return count + 1 if splitter.reasoned else 0
+    return len(token_ids) if splitter.at == "reasoning" else 0
 
 
 class ReasoningSplitter:
@@ -20,6 +31,8 @@ class ReasoningSplitter:
         self._scanner = MarkerScanner()
         self._at: Literal["start", "reasoning", "content"] = "reasoning" if prompt.rstrip().endswith(OPEN) else "start"
         self._trim = self._at == "reasoning"  # white space right after a tag belongs to the tag
+        self.reasoned = self._at == "reasoning"
+        """Whether any of it was reasoning, be it empty."""
 
     def push(self, text: str) -> tuple[str, str]:
         """The (reasoning, content) that `text` adds."""
@@ -29,6 +42,11 @@ class ReasoningSplitter:
     def finish(self) -> tuple[str, str]:
         """What was held back, when the sample has ended."""
         return self._drain(last=True)
+
+    @property
+    def at(self) -> Literal["start", "reasoning", "content"]:
+        """What the text so far ends in; "start" while it is white space or the beginning of a tag."""
+        return self._at
 
     def _drain(self, *, last: bool) -> tuple[str, str]:
         reasoning, content = "", ""
@@ -40,6 +58,7 @@ class ReasoningSplitter:
                 content += marker or ""
             elif marker is not None:
                 self._at, self._trim = "reasoning", True
+                self.reasoned = True
         if self._at == "reasoning":
             piece, marker = self._scanner.until(CLOSE)
             if last and marker is None:

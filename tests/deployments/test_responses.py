@@ -155,3 +155,11 @@ def test_the_store_is_bounded():
     assert len(store) <= 2
     store.put({"id": "too big"}, [{"role": "user", "content": "x" * 9000}])
     assert len(store) == 0
+
+
+def test_reasoning_tokens_are_counted(server, client, monkeypatch):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
+    monkeypatch.setattr(server.service.tokenizer, "chat_template", template)
+    answer = client.responses.create(model="tiny", input="Hi", max_output_tokens=6)
+    assert answer.output[0].type == "reasoning"
+    assert answer.usage.output_tokens_details.reasoning_tokens == answer.usage.output_tokens > 0

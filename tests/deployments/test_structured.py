@@ -188,8 +188,23 @@ def test_reasoning_is_told_apart(client):
     )
     extra = {"guided_choice": ["<think>\n4 is even.\n</think>\n\nYes."], "chat_template": template}
     arguments = {"model": "tiny", "messages": ASK, "max_tokens": 80, "extra_body": extra}
-    message = client.chat.completions.create(**arguments).choices[0].message
+    answer = client.chat.completions.create(**arguments)
+    message = answer.choices[0].message
     assert (message.reasoning, message.content) == ("4 is even.\n", "Yes.")
-    deltas = [c.choices[0].delta for c in client.chat.completions.create(**arguments, stream=True)]
+    thought = answer.usage.completion_tokens_details.reasoning_tokens
+    assert len("<think>\n4 is even.") / 4 < thought < answer.usage.completion_tokens
+    chunks = list(client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    assert chunks.pop().usage.completion_tokens_details.reasoning_tokens == thought
+    deltas = [c.choices[0].delta for c in chunks]
     assert "".join(getattr(d, "reasoning", None) or "" for d in deltas) == "4 is even.\n"
     assert "".join(d.content or "" for d in deltas) == "Yes."
+
+
+def test_what_a_grammar_shapes_is_no_reasoning_even_where_the_prompt_opened_it(client):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
+    extra = {"guided_choice": ["Yes."], "chat_template": template}
+    answer = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=20, extra_body=extra)
+    assert (answer.choices[0].message.content, answer.usage.completion_tokens_details.reasoning_tokens) == ("Yes.", 0)
+    extra = {"chat_template": template, "ignore_eos": True}
+    answer = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=5, extra_body=extra)
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 5

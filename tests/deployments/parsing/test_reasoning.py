@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.parsing.reasoning import ReasoningSplitter
+from deployments.parsing.reasoning import ReasoningSplitter, count_reasoning
 
 
 def split(text: str, cuts: list[int], prompt: str = "") -> tuple[str, str]:
@@ -36,3 +36,21 @@ CASES = [
 @given(cuts=st.lists(st.integers(0, 60), max_size=20))
 def test_split_anywhere(text: str, prompt: str, expected: tuple[str, str], cuts: list[int]) -> None:
     assert split(text, cuts, prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("pieces", "prompt", "count"),
+    [
+        (["Hello", " there"], "", 0),
+        (["<think>", "a", "b", "</think>", "c"], "", 4),
+        (["\n", "<thi", "nk>a</th", "ink>c", "d"], "", 4),
+        (["<think></think>c", "d"], "", 1),
+        (["<think>", "a", "b"], "", 3),
+        (["a", "b</think>", "c"], "<think>\n", 2),
+        (["a <think>", "b</think>", "c"], "", 0),
+        ([" ", "\n"], "", 0),
+        ([], "", 0),
+    ],
+)
+def test_reasoning_tokens_are_counted_with_their_tags(pieces: list[str], prompt: str, count: int) -> None:
+    assert count_reasoning(range(len(pieces)), lambda token: pieces[token], prompt=prompt) == count
