@@ -19,8 +19,10 @@ from cluster.driver import start_driver, stop_driver
 from cluster.driver_client import DriverClient
 from deployments.caller import Caller
 from deployments.config import AppConfig
+from deployments.embeddings import embed
 from deployments.generation import Generation
 from deployments.http.asgi import create_app
+from deployments.http.openai_types import prompts_of
 from deployments.serve_calls import is_streaming_call, request_id
 from deployments.service import ModelService
 from engine.errors import EngineUnavailable, MantaError, RequestError
@@ -92,6 +94,24 @@ class LLMServer:
                 if text:
                     yield text
 
+    async def embed(
+        self, prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]], /, **options: Any
+    ) -> list[float] | list[list[float]]:
+        """Each prompt as a vector of length 1; a single text, or a single list of token ids, as one vector.
+
+        options are `pooling`, `dimensions`, `truncate_prompt_tokens` and `priority`, as on /v1/embeddings, and
+        `timeout` and `tenant`. Raises RequestError and its kin.
+        """
+        service = self._service_for(options)
+        given = prompts_of(prompts if isinstance(prompts, str) else list(prompts))
+        try:
+            embedded = await embed(service, given, **options)
+        except TypeError as error:  # an unknown keyword
+            raise RequestError(str(error)) from None
+        vectors: list[list[float]] = [vector.tolist() for _, vector in embedded]
+        single = isinstance(prompts, str) or isinstance(prompts[0], int)
+        return vectors[0] if single else vectors
+
     async def check_health(self) -> None:
         """Serve's health check: raises when the engine is gone, stuck, or cannot come back."""
         health = await self.service.health()
@@ -115,12 +135,7 @@ class LLMServer:
     async def _begin(self, prompt: Prompt, params: dict[str, Any]) -> Generation:
         name = request_id()
         variables = params.pop("chat_template_kwargs", None)
-        caller = Caller()
-        caller.name(params.pop("tenant", None))
-        if (timeout := params.pop("timeout", None)) is not None:
-            caller.wait(timeout, "timeout")
-        service = self.service.seen_by(caller)
-        service.check_room()
+        service = self._service_for(params)
         text = None
         try:
             if _is_chat(prompt):
@@ -137,6 +152,16 @@ class LLMServer:
         except TypeError as error:  # an unknown keyword, or a prompt of another kind
             raise RequestError(str(error)) from None
         return service.generate(ids, chosen, request_id=f"handle-{name}" if name else None, prompt=text)
+
+    def _service_for(self, params: dict[str, Any]) -> ModelService:
+        """The service as the caller that `tenant` and `timeout`, taken out of params, name."""
+        caller = Caller()
+        caller.name(params.pop("tenant", None))
+        if (timeout := params.pop("timeout", None)) is not None:
+            caller.wait(timeout, "timeout")
+        service = self.service.seen_by(caller)
+        service.check_room()
+        return service
 
     # The driver's life
 

@@ -9,12 +9,13 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from deployments.embeddings import embed
 from deployments.http.context import answer_headers, answer_id, read, service_of
 from deployments.http.openai_replies import Embedding, EmbeddingList, EmbeddingUsage, PromptTokensDetails
 from deployments.http.openai_types import EmbeddingRequest, prompts_of
 from deployments.http.sse import until_disconnect
 from deployments.service import ModelService
-from engine.embedding import Vector, check_dimensions, embedding_params, unit_vector
+from engine.embedding import Vector
 from engine.errors import RequestError
 
 MAX_INPUTS = 2048
@@ -34,23 +35,26 @@ async def _embed(service: ModelService, body: EmbeddingRequest, answer_id: str) 
     inputs = prompts_of(body.input, "input")
     if len(inputs) > MAX_INPUTS:
         raise RequestError(f"input: {len(inputs)} inputs, allowed: at most {MAX_INPUTS}", param="input")
-    params = embedding_params(body.truncate_prompt_tokens, body.priority or 0)
-    if body.dimensions is not None:
-        check_dimensions(body.dimensions, service.hidden_size)
     try:
-        prompts = [await service.encode_prompt(each, params) for each in inputs]
-        results = await service.embed(
-            prompts, params, pooling=body.pooling, request_id=answer_id, cache_salt=body.cache_salt or ""
+        embedded = await embed(
+            service,
+            inputs,
+            pooling=body.pooling,
+            dimensions=body.dimensions,
+            truncate_prompt_tokens=body.truncate_prompt_tokens,
+            priority=body.priority,
+            request_id=answer_id,
+            cache_salt=body.cache_salt,
         )
     except RequestError as error:
         if error.param == "prompt":
             error.param = "input"
         raise
-    vectors = [unit_vector(result, body.dimensions) for result in results]
     spell = _base64 if body.encoding_format == "base64" else _numbers
-    count = sum(map(len, prompts))
-    usage = EmbeddingUsage(count, count, PromptTokensDetails(sum(result.num_cached_tokens for result in results)))
-    data = [Embedding(index, spell(vector)) for index, vector in enumerate(vectors)]
+    count = sum(len(result.prompt_token_ids) for result, _ in embedded)
+    cached = sum(result.num_cached_tokens for result, _ in embedded)
+    usage = EmbeddingUsage(count, count, PromptTokensDetails(cached))
+    data = [Embedding(index, spell(vector)) for index, (_, vector) in enumerate(embedded)]
     return EmbeddingList(answer_id, created, service.name, data, usage)
 
 

@@ -180,6 +180,9 @@ assert handle.remote([1, 20, 30], max_tokens=2, ignore_eos=True).result() is not
 pieces = list(handle.options(stream=True).remote(chat))
 assert "".join(pieces) == "17 + 25 = 42" and len(pieces) > 1, pieces
 assert list(handle.options(stream=True, method_name="stream").remote(chat))
+one, many = handle.embed.remote("Hello").result(), handle.embed.remote(["Hello", "Bye"], dimensions=8).result()
+assert len(one) > 8 and [len(vector) for vector in many] == [8, 8]
+assert abs(sum(x * x for x in one) - 1) < 1e-4
 
 # Errors are ours.
 for prompt, params, kind in [
