@@ -17,6 +17,7 @@ from concurrent.futures import Future
 import msgspec
 import numpy as np
 
+from engine.beam_requests import BeamRequests
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.draft import RowArray, ScheduledStep
@@ -70,6 +71,7 @@ class LLMEngine:
         self.metrics = EngineMetrics()
         self._is_eos = np.zeros(vocab_size, np.bool_)
         self._is_eos[[token for token in eos_token_ids if token < vocab_size]] = True
+        self._eos_token_ids = eos_token_ids
         self._groups: dict[str, Group] = {}
         self._in_flight: deque[tuple[ScheduledStep | None, Future[StepResult]]] = deque()
         self._ready: list[SequenceOutput] = []
@@ -88,6 +90,7 @@ class LLMEngine:
         capacity = self.executor.start()
         self.blocks = BlockManager(capacity.num_blocks, capacity.block_size, caching=self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, self.blocks)
+        self._beams = BeamRequests(self.scheduler, self.vocab_size, self._eos_token_ids, self._new_id)
         self._limits = Limits(self.config, self.vocab_size, capacity.num_blocks, capacity.block_size)
         return capacity
 
@@ -96,7 +99,8 @@ class LLMEngine:
     def add_request(self, request: Request) -> None:
         """Accept a request; its tokens come from finish_step.
 
-        Of a resumed request only further tokens come; a sample that had ended already ends again, without tokens.
+        Of a resumed request only further tokens come; a sample that had ended already ends again, without tokens. A
+        beam search begins anew: nothing of it was told.
         Raises PromptTooLong, naming the limit, for what can never fit, and RequestError for what cannot be run.
         """
         if request.request_id in self._groups:
@@ -104,12 +108,17 @@ class LLMEngine:
         self._limits.check(request)
         limit = self._limits.length(request)
         params = request.params
+        search = None
+        if params.use_beam_search:
+            request = msgspec.structs.replace(request, resume=())
+            search = self._beams.search(request, limit)
+            limit = request.num_prompt_tokens + 1  # of its first beam, which is the prompt
         matcher = self._masking.matcher(params.grammar) if params.grammar is not None else None
-        group = Group(request, time.perf_counter(), self.scheduler.shares.enter(request.tenant))
+        group = Group(request, time.perf_counter(), self.scheduler.shares.enter(request.tenant), search)
         priority = params.priority if self.config.policy == "priority" else 0
         key = (priority, 0.0, request.arrival_s, self._num_arrivals)
         self._num_arrivals += 1
-        for index in range(params.num_sequences):
+        for index in range(params.num_sequences if search is None else 1):
             sequence = Sequence(group, index, self._new_id(), (*key, index), limit, self.scheduler.table)
             group.sequences[index] = sequence
             if matcher is not None:
@@ -125,10 +134,10 @@ class LLMEngine:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one sample of it; nothing more comes of it. Its blocks are free for the next step.
 
-        Unknown and finished ones are ignored.
+        Unknown and finished ones are ignored, and so is one output of a beam search, which is not known before all are.
         """
         group = self._groups.get(request_id)
-        if group is None:
+        if group is None or (group.search is not None and index is not None):
             return
         sequences = [s for s in group.sequences.values() if index is None or s.index == index]
         if sequences:
@@ -213,6 +222,8 @@ class LLMEngine:
         if result.device_s:
             self.metrics.step_s.observe(result.device_s)
         outputs = self._read(scheduled, result)
+        for group, found in self._beams.advance():
+            outputs += self._end_search(group, found)
         self._send_masks()
         return ready + outputs
 
@@ -286,11 +297,13 @@ class LLMEngine:
         for part in result.prompt_logprobs:
             if (group := self._listeners.get(part.seq_id)) is not None:
                 group.gather(part)
-        logprobs: Logprobs = {entry.sample: _token_logprobs(entry) for entry in result.logprobs}
         alive = table.seq_id[rows] == scheduled.seq_ids
+        entries, num_beams = self._beams.read(scheduled, result.logprobs, alive) if result.logprobs else ([], 0)
+        logprobs: Logprobs = {entry.sample: _token_logprobs(entry) for entry in entries}
+        self.metrics.generated_tokens += num_beams
         if not alive.all():
             keep = np.flatnonzero(alive)
-            self.metrics.surplus_tokens += len(rows) - len(keep)
+            self.metrics.surplus_tokens += len(rows) - len(keep) - num_beams
             rows, tokens = rows[keep], tokens[keep]
             indices = keep.tolist()
             samples = [samples[index] for index in indices]
@@ -360,6 +373,15 @@ class LLMEngine:
             sequence.request_id, sequence.index, [], finish_reason=reason, stop_reason=stop, error=error
         )
 
+    def _end_search(self, group: Group, outputs: list[SequenceOutput]) -> list[SequenceOutput]:
+        """End a beam search with `outputs`, one for each of its n; these."""
+        self.metrics.first_token_s.observe(time.perf_counter() - group.accepted_s)
+        for output in outputs:
+            self.metrics.finished[output.finish_reason or "stop"] += 1
+        for sequence in list(group.sequences.values()):
+            self._forget(sequence)
+        return outputs
+
     def _forget(self, sequence: Sequence) -> None:
         group = sequence.group
         del group.sequences[sequence.index]
@@ -373,12 +395,19 @@ class LLMEngine:
     def _shrink(self) -> None:
         """The restarted ranks hold another number of blocks: move the limits, end what does not fit any more."""
         self._limits = Limits(self.config, self.vocab_size, self.blocks.num_blocks, self.blocks.block_size)
+        error = f"after a restart the KV cache holds only {self.blocks.num_blocks} blocks"
         for group in list(self._groups.values()):
+            request, limit = group.request, self._limits.length(group.request)
+            if group.search is not None:
+                group.search.max_tokens = limit - request.num_prompt_tokens
+                if any(beam.num_tokens >= limit for beam in group.sequences.values()):
+                    failed = SequenceOutput(request.request_id, 0, [], finish_reason="error", error=error)
+                    every = [msgspec.structs.replace(failed, index=index) for index in range(request.params.n)]
+                    self._ready += self._end_search(group, every)
+                continue
             for sequence in list(group.sequences.values()):
-                limit = self._limits.length(group.request)
                 self.scheduler.table.limit[sequence.row] = limit
                 if sequence.num_tokens >= limit:
-                    error = f"after a restart the KV cache holds only {self.blocks.num_blocks} blocks"
                     self._ready.append(self._last_output(sequence, "error", None, error))
 
     def _note_first_steps(self, scheduled: ScheduledStep) -> None:

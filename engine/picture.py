@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.llm_engine import LLMEngine
 from engine.metrics import Histogram
-from engine.sequence import Status
+from engine.sequence import SEATED
 
 FREE, CACHED, OWNED, SHARED = range(4)
 MAX_REQUESTS = 1000
@@ -39,7 +39,7 @@ def picture(engine: LLMEngine) -> dict[str, Any]:
         requests.append(
             {
                 "id": group.request.request_id,
-                "state": "running" if any(s.status is Status.RUNNING for s in live) else "waiting",
+                "state": "running" if any(s.status in SEATED for s in live) else "waiting",
                 "sequences": len(live),
                 "prompt_tokens": group.request.num_prompt_tokens,
                 "cached_tokens": first.num_cached,

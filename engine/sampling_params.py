@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -61,6 +61,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     truncate_prompt_tokens: int | None = None
     priority: int = 0
     """Lower runs first, under the scheduler's policy "priority"."""
+    use_beam_search: bool = False
+    """Search for the likeliest outputs with best_of beams (n, without best_of); told when it ends: the n best, best
+    first. What shapes draws has no effect; what changes probabilities is refused, but for min_tokens. `stop` strings
+    cut the outputs, they end no beam."""
+    length_penalty: float = 1.0
+    """Beams are ranked by their log-probability / length ** length_penalty."""
+    early_stopping: bool | Literal["never"] = False
+    """When a search ends, once it has as many ended beams as its width: True: at once; False: when the best live beam
+    scores worse, as long as it is; "never": when it would at any length."""
 
     def __post_init__(self) -> None:
         put = msgspec.structs.force_setattr
@@ -90,7 +99,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             put(self, "logit_bias", _bias(self.logit_bias))
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise _wrong("grammar", self.grammar, "a Grammar or null")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise _wrong("early_stopping", self.early_stopping, 'true, false or "never"')
         self._check_ranges()
+        if self.use_beam_search:
+            self._check_beams()
 
     def _check_ranges(self) -> None:
         for field, low, high, what in _RANGES:
@@ -119,10 +132,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 param="stop",
             )
 
+    def _check_beams(self) -> None:
+        for field, off in NOT_WITH_BEAMS.items():
+            if (value := getattr(self, field)) != off:
+                raise RequestError(f"{field}: got {value!r:.200}, not allowed with use_beam_search", param=field)
+
+    @property
+    def beam_width(self) -> int:
+        """Live beams of a beam search."""
+        return self.best_of if self.best_of is not None else self.n
+
     @property
     def num_sequences(self) -> int:
-        """How many samples the engine draws; the best n of them are returned."""
-        return self.best_of if self.best_of is not None else self.n
+        """How many outputs the engine tells of: all samples, of which the n best are returned; the n best beams."""
+        return self.best_of if self.best_of is not None and not self.use_beam_search else self.n
+
+    @property
+    def num_logprobs(self) -> int:
+        """How many likeliest tokens the ranks tell of with each that they draw, where they tell of any.
+
+        Of a beam: as many as may go on, and beside them those that would end it.
+        """
+        asked = self.logprobs or 0
+        return max(asked, self.beam_width + len(self.stop_token_ids)) if self.use_beam_search else asked
 
     @property
     def greedy(self) -> bool:
@@ -130,8 +162,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def needs_logprobs(self) -> bool:
-        """Whether the engine must return each token's log-probability (asked for, or to rank best_of)."""
-        return self.logprobs is not None or self.num_sequences > self.n
+        """Whether the engine must return each token's log-probability (asked for, or to rank beams or best_of)."""
+        return self.logprobs is not None or self.use_beam_search or self.num_sequences > self.n
 
     def replace(self, **changes: Any) -> SamplingParams:
         """A validated copy with some fields changed."""
@@ -145,8 +177,18 @@ _FLAGS = (
     "spaces_between_special_tokens",
     "detokenize",
     "watermark",
+    "use_beam_search",
 )
-_NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "length_penalty",
+)
 _INTEGERS = {
     "n": False,
     "best_of": True,
@@ -159,6 +201,18 @@ _INTEGERS = {
     "truncate_prompt_tokens": True,
     "priority": False,
 }
+NOT_WITH_BEAMS: dict[str, Any] = {
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": (),
+    "watermark": False,
+    "prompt_logprobs": None,
+    "grammar": None,
+}
+"""Fields that a beam search wants left alone, and the value that does."""
 _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("n", 1, MAX_SEQUENCES, f"1 to {MAX_SEQUENCES}"),
     ("best_of", 1, MAX_SEQUENCES, f"1 to {MAX_SEQUENCES}"),
@@ -173,6 +227,7 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("logprobs", 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
     ("prompt_logprobs", 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
     ("truncate_prompt_tokens", 1, 2**31 - 1, "at least 1"),
+    ("length_penalty", -10, 10, "-10 to 10"),
     ("priority", -(2**31), 2**31 - 1, "a signed 32-bit integer"),
 )
 

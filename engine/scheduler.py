@@ -8,8 +8,10 @@ Blocks are given back the moment a plan no longer needs them, even while earlier
 flight. That is safe because ranks run plans strictly in order: whoever gets the block writes later.
 
 No deadlock: a sequence is accepted only if it fits into the whole cache alone, and the first-come running one may take
-the blocks of all others. No starvation: seats never outnumber the tokens of a step, so that every running sequence
-advances; nobody overtakes the head of the queue, and what a tenant is served puts off its own turn, not another's.
+the blocks of all others; a beam that has drawn waits for others of its request, so it gives its blocks up, not its
+draw, when nobody could go on otherwise. No starvation: seats never outnumber the tokens of a step, so that every
+running sequence advances; nobody overtakes the head of the queue, and what a tenant is served puts off its own turn,
+not another's.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.draft import Decodes, Draft, Mask, ScheduledStep
-from engine.sequence import Group, Key, Sequence, SequenceTable, Status
+from engine.sequence import SEATED, Group, Key, Sequence, SequenceTable, Status
 from engine.shares import Shares
 from engine.waiting_queue import WaitingQueue
 
@@ -48,6 +50,10 @@ class Scheduler:
         """Of the decodes: how many run no more. `_settle` takes them out."""
         self._prefills: list[Sequence] = []
         """Running, prompt not yet computed, by key."""
+        self._paused: list[Sequence] = []
+        """Beams that have drawn and wait for the others of their request."""
+        self._unsent: list[Sequence] = []
+        """Forked beams among the decodes that were in no plan yet."""
         self._dropped: list[int] = []
         self._watch_shared = False
         """Whether a decode may write to a shared block."""
@@ -56,12 +62,13 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._decodes) - self._num_left + len(self._prefills)
+        return len(self._decodes) - self._num_left + len(self._prefills) + len(self._paused)
 
     def running(self) -> Iterable[Sequence]:
         """All that hold blocks."""
         yield from (sequence for sequence in self._decodes.sequences if sequence.status is Status.RUNNING)
         yield from self._prefills
+        yield from self._paused
 
     def enqueue(self, group: Group, sequences: list[Sequence]) -> None:
         """Let samples of a request wait. Of those without output one computes the prompt, for all to be forked from."""
@@ -78,7 +85,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence, whatever it is doing: its blocks and its row can be used by the next plan."""
         status, group = sequence.status, sequence.group
-        if status is Status.RUNNING:
+        if status in SEATED:
             self._release(sequence)
         elif status is Status.UNBORN:
             group.unborn.remove(sequence)
@@ -89,11 +96,36 @@ class Scheduler:
         if group.unborn and status in (Status.WAITING, Status.RUNNING):
             self._lead(group)
 
+    def branch(self, parents: list[Sequence], pairs: list[tuple[Sequence, Sequence]]) -> None:
+        """Forget beams that have drawn; of each pair a child, one token longer, goes on with its parent's blocks.
+
+        A child whose parent has lost its blocks, or for which there is no seat, waits to be computed from its tokens.
+        """
+        table, blocks = self.table, self.blocks
+        born: list[Sequence] = []
+        num_seats = self._max_seqs - self.num_running + sum(parent.status in SEATED for parent in parents)
+        for parent, child in pairs:
+            if parent.status is not Status.PAUSED or len(born) == num_seats:
+                self.waiting.push(child)
+                continue
+            blocks.fork(parent, child)
+            child.status = Status.RUNNING
+            table.num_computed[child.row] = end = child.num_tokens - 1
+            table.num_slots[child.row] = table.num_slots[parent.row]
+            table.tail_shared[child.row] = end % blocks.block_size != 0
+            blocks.register(child, end)
+            born.append(child)
+        for parent in parents:
+            self.finish(parent)
+        if born:
+            self._unsent += born
+            self._set_decodes([s for s in self._decodes.sequences if s.status is Status.RUNNING] + born)
+
     def restart(self, num_blocks: int, sequences: Iterable[Sequence]) -> None:
         """Preempt everything and begin with an empty cache. `sequences` are all the unfinished."""
         self.blocks.reset(num_blocks)
         self.waiting = WaitingQueue(self.shares)
-        self._prefills, self._dropped = [], []
+        self._prefills, self._dropped, self._paused, self._unsent = [], [], [], []
         self._set_decodes([])
         groups: dict[Group, list[Sequence]] = {}
         for sequence in sequences:
@@ -119,11 +151,13 @@ class Scheduler:
             # Whole prompts do not fit beside decodes: a step is either.
             self._fill(draft)
         if not draft.prefills and (short := self._make_room()) is not None:
+            draft.new += [sequence.whole() for sequence in self._unsent]
+            self._unsent = []
             draft.add_decodes(self._decodes, short, self._grow_decodes(draft, short))
         if self._chunked:
             self._fill(draft)
         if not draft.num_tokens:
-            return None
+            return self.schedule(epoch, step) if self._unblock() else None
         scheduled = draft.build(epoch, step, self._dropped, self.table)
         self._dropped = []
         self._advance(draft, scheduled)
@@ -350,20 +384,43 @@ class Scheduler:
     # Sequences that stop running.
 
     def _drain(self, sequence: Sequence) -> None:
-        """Its last token is in flight: it needs neither blocks nor a seat any more."""
+        """Its last token is in flight: it needs neither blocks nor a seat any more, unless it is a beam."""
+        if sequence.group.search is not None:
+            sequence.status = Status.PAUSED
+            self._paused.append(sequence)
+            return
         self._give_back(sequence)
         sequence.status = Status.DRAINING
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Let a running sequence wait, to be computed again from its tokens."""
+        """Let a running sequence wait, to be computed again from its tokens, unless it is a beam that has drawn."""
+        paused = sequence.status is Status.PAUSED
         self._release(sequence)
-        self.waiting.push(sequence)
+        if paused:
+            sequence.status = Status.DRAINING
+        else:
+            self.waiting.push(sequence)
         self.num_preemptions += 1
+
+    def _unblock(self) -> bool:
+        """Take a paused beam's blocks and seat when nothing in flight will, and others cannot go on without.
+
+        They may be its own request's: its next step needs the draws of all.
+        """
+        if not self._paused or any(sequence.num_in_flight for sequence in self._paused):
+            return False
+        head = self.waiting.head()
+        if not self._prefills and (head is None or head.num_in_flight):
+            return False
+        self._preempt(max(self._paused, key=_key))
+        return True
 
     def _release(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks and seat."""
         self._give_back(sequence)
-        if sequence in self._prefills:
+        if sequence.status is Status.PAUSED:
+            self._paused.remove(sequence)
+        elif sequence in self._prefills:
             self._prefills.remove(sequence)
         else:
             self._num_left += 1
@@ -373,7 +430,10 @@ class Scheduler:
         self.blocks.register(sequence, min(sequence.num_tokens, sequence.num_computed))
         self.blocks.free(sequence)
         sequence.forget_blocks()
-        self._dropped.append(sequence.seq_id)
+        if sequence in self._unsent:
+            self._unsent.remove(sequence)  # the ranks never knew it
+        else:
+            self._dropped.append(sequence.seq_id)
 
     def _lead(self, group: Group) -> None:
         """The sample that was to compute the prompt is gone: the next one does it, unless another is at it."""

@@ -15,8 +15,9 @@ from array import array
 
 import numpy as np
 
+from engine.beam_search import BeamSearch
 from engine.request import Request, TokenLogprobs
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import MAX_SEQUENCES, SamplingParams
 from engine.step import NewSequence, PromptLogprobs, unpack
 
 Key = tuple[int, float, float, int, int]
@@ -32,9 +33,15 @@ class Status(enum.Enum):
     """Queued: new, or preempted. Holds no blocks."""
     RUNNING = "running"
     """Holds blocks and a seat; the ranks know it."""
+    PAUSED = "paused"
+    """A beam that has drawn: holds its blocks and a seat until the next beams are forked."""
     DRAINING = "draining"
-    """Its last token is in flight: blocks and seat are given back, the token is not read yet."""
+    """Has drawn its last token: blocks and seat are given back, the token is not read yet or not yet put to use."""
     FINISHED = "finished"
+
+
+SEATED = (Status.RUNNING, Status.PAUSED)
+"""Holds a seat, and blocks."""
 
 
 class SequenceTable:
@@ -182,6 +189,16 @@ class Sequence:
         """What is in flight will never be read."""
         self.table.length[self.row] = len(self.tokens)
 
+    def continued(self, index: int, seq_id: int, token: int) -> Sequence:
+        """A beam that is this one and `token`: holds no blocks yet, and draws once."""
+        number = len(self.tokens) * MAX_SEQUENCES + index  # no other beam of its request has it
+        beam = Sequence(self.group, index, seq_id, (*self.key[:-1], number), len(self.tokens) + 2, self.table)
+        beam.tokens = self.tokens[:]
+        beam.tokens.append(token)
+        beam.num_cached = self.num_cached
+        self.table.known[beam.row] = self.table.length[beam.row] = len(beam.tokens)
+        return beam
+
     def whole(self) -> NewSequence:
         """It as the ranks get it: as it stands now."""
         return NewSequence(
@@ -198,21 +215,31 @@ class Sequence:
 
 
 class Group:
-    """The samples of one request, and what they share."""
+    """The samples of one request, or the live beams of its search, and what they share."""
 
-    __slots__ = ("accepted_s", "prompt_logprobs", "quiet_params", "request", "sequences", "started", "tenant", "unborn")
+    __slots__ = (
+        "accepted_s",
+        "prompt_logprobs",
+        "quiet_params",
+        "request",
+        "search",
+        "sequences",
+        "started",
+        "tenant",
+        "unborn",
+    )
 
-    def __init__(self, request: Request, accepted_s: float, tenant: int = 0) -> None:
-        self.request, self.accepted_s = request, accepted_s
+    def __init__(self, request: Request, accepted_s: float, tenant: int = 0, search: BeamSearch | None = None) -> None:
+        self.request, self.accepted_s, self.search = request, accepted_s, search
         self.tenant = tenant
         """Slot of its tenant in Shares."""
         params = request.params
-        self.quiet_params: SamplingParams = params
+        self.quiet_params: SamplingParams = params if search is None else search.rank_params
         """The parameters of samples whose prompt's log-probabilities nobody waits for."""
         self.started = False
         """Whether it was in a step."""
         self.sequences: dict[int, Sequence] = {}
-        """Unfinished samples by index."""
+        """Unfinished samples, or live beams, by index."""
         self.unborn: list[Sequence] = []
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         """Gathered chunk by chunk; None when not wanted, or told already."""

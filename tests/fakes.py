@@ -6,6 +6,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import lru_cache
 
 import numpy as np
 
@@ -70,6 +71,16 @@ def fake_logprob(state: int, token: int) -> float:
 def fake_vector(states: list[int]) -> bytes:
     """What the states of some tokens are pooled to."""
     return np.array([sum(state % 4096 for state in states) / len(states)], "<f4").tobytes()
+
+
+def likeliest(state: int, count: int) -> list[int]:
+    """The tokens of the highest fake_logprob, best first."""
+    return _ranking(state)[:count]
+
+
+@lru_cache(maxsize=100_000)
+def _ranking(state: int) -> list[int]:
+    return sorted(range(VOCAB_SIZE), key=lambda token: (-fake_logprob(state, token), token))
 
 
 class _Mirror:
@@ -342,7 +353,9 @@ class HashExecutor:
                 token = allowed[sample][token % len(allowed[sample])]
             drawn.append(token)
             if params.needs_logprobs:
-                top = list(range(params.logprobs or 0))
+                top = list(range(params.num_logprobs))
+                if params.use_beam_search:
+                    top = likeliest(state, params.num_logprobs)
                 result.logprobs.append(
                     SampledLogprobs(
                         sample=sample,
@@ -382,6 +395,8 @@ def engine_config(**changes: object) -> EngineConfig:
 def expected_tokens(request: Request, model_len: int, eos_every: int = 20) -> list[tuple[list[int], str]]:
     """The output tokens and the finish reason of each sample, computed straight from the definition."""
     params, prompt = request.params, request.prompt_token_ids
+    if params.use_beam_search:
+        return expected_beams(request, model_len)
     results = []
     for index in range(params.num_sequences):
         values: list[int] = []
@@ -401,6 +416,42 @@ def expected_tokens(request: Request, model_len: int, eos_every: int = 20) -> li
                 break
             values.append(attend(values, token))
     return results
+
+
+def expected_beams(request: Request, model_len: int) -> list[tuple[list[int], str]]:
+    """The outputs of a beam search, by trying every token after every beam."""
+    params, prompt = request.params, request.prompt_token_ids
+    width, penalty = params.beam_width, params.length_penalty
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
+    longest = min(model_len - len(prompt), params.max_tokens or model_len)
+    values: list[int] = []
+    for token in prompt:
+        values.append(attend(values, token))
+    live: list[tuple[float, list[int], list[int]]] = [(0.0, [], values)]
+    ended: list[tuple[float, list[int], str]] = []
+    for length in range(1, longest + 1):
+        tried = [
+            (-(score + fake_logprob(values[-1], token)), order, rank, token)
+            for order, (score, _, values) in enumerate(live)
+            for rank, token in enumerate(likeliest(values[-1], VOCAB_SIZE))
+            if token not in stops or length > params.min_tokens
+        ]
+        first = sorted(tried)[: width * (2 + len(stops))]
+        best = [(-score, [*live[order][1], token], live[order][2]) for score, order, _, token in first]
+        for score, tokens, _ in best[:width]:
+            if tokens[-1] in stops or length == longest:
+                reason = "stop" if tokens[-1] in stops else "length"
+                ended.append((score / length**penalty, tokens, reason))
+        ended = sorted(ended, key=lambda entry: -entry[0])[:width]
+        going = [beam for beam in best if beam[1][-1] not in stops][:width]
+        live = [(score, tokens, [*values, attend(values, tokens[-1])]) for score, tokens, values in going]
+        if len(ended) == width:
+            if params.early_stopping is True:
+                break
+            hoped = longest if params.early_stopping == "never" and penalty > 0 else length
+            if live[0][0] / hoped**penalty <= ended[-1][0]:
+                break
+    return [(tokens, reason) for _, tokens, reason in ended[: params.n]]
 
 
 class Collected:

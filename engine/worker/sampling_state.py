@@ -183,7 +183,7 @@ class SamplingState:
             typical_p=self._tensor(self._floats["typical_p"][slots]) if union & TYPICAL else None,
             watermarked=self._watermarked(slots, flags) if union & WATERMARK else None,
             logprob_rows=logprob_rows,
-            logprob_counts=[self.params[slot].logprobs or 0 for slot in slots[logprob_rows].tolist()],
+            logprob_counts=[self.params[slot].num_logprobs for slot in slots[logprob_rows].tolist()],
         )
 
     def _asking(self, slots: Int64Array, flags: Int64Array, flag: int) -> list[tuple[int, int, SamplingParams]]:

@@ -54,7 +54,7 @@ class Scenario:
 
 
 @st.composite
-def requests(draw: st.DrawFn, request_id: str) -> Request:
+def requests(draw: st.DrawFn, request_id: str, *, beams: bool) -> Request:
     prefix = draw(st.integers(0, MAX_PROMPT))
     tail = draw(st.integers(0 if prefix else 1, MAX_PROMPT - prefix if prefix < MAX_PROMPT else 0))
     prompt = draw(st.sampled_from(PREFIXES))[:prefix] + random_prompt(random.Random(request_id), tail)
@@ -72,6 +72,15 @@ def requests(draw: st.DrawFn, request_id: str) -> Request:
         prompt_logprobs=draw(st.sampled_from([None, None, None, 0, 2])),
         priority=draw(st.integers(0, 2)),
     )
+    if beams and draw(st.booleans()):
+        params = params.replace(
+            prompt_logprobs=None,
+            use_beam_search=True,
+            best_of=draw(st.integers(count, 6)),
+            max_tokens=draw(st.integers(max(1, params.min_tokens), 12)),
+            length_penalty=draw(st.sampled_from([1.0, 0.0, -1.0, 0.5, 2.0])),
+            early_stopping=draw(st.sampled_from([True, False, "never"])),
+        )
     salt = draw(st.sampled_from(["", "", "salt"]))
     tenant = draw(st.sampled_from(["", "", "one", "two"]))
     arrival_s = float(draw(st.integers(0, 3)))
@@ -79,14 +88,14 @@ def requests(draw: st.DrawFn, request_id: str) -> Request:
 
 
 @st.composite
-def scenarios(draw: st.DrawFn, *, accidents: bool) -> Scenario:
+def scenarios(draw: st.DrawFn, *, accidents: bool, beams: bool = False) -> Scenario:
     block_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
     fits = -(-MAX_PROMPT // block_size)
     chunked = draw(st.booleans())
     config: dict[str, object] = {
         "max_model_len": draw(st.integers(MAX_PROMPT + 1, 48)),
         "max_num_seqs": draw(st.integers(1, 8)),
-        "max_num_batched_tokens": draw(st.integers(1, 40) if chunked else st.integers(MAX_PROMPT, 48)),
+        "max_num_batched_tokens": draw(st.integers(8 if beams else 1, 40) if chunked else st.integers(MAX_PROMPT, 48)),
         "enable_chunked_prefill": chunked,
         "enable_prefix_caching": draw(st.booleans()),
         "policy": draw(st.sampled_from(["fcfs", "priority"])),
@@ -98,7 +107,7 @@ def scenarios(draw: st.DrawFn, *, accidents: bool) -> Scenario:
         block_size,
         num_blocks=draw(st.one_of(st.integers(fits, fits + 6), st.integers(fits, 8 * fits))),
         eos_every=draw(st.sampled_from([3, 10, 30])),
-        requests=[draw(requests(str(number))) for number in range(count)],
+        requests=[draw(requests(str(number), beams=beams)) for number in range(count)],
         arrivals=draw(st.lists(st.integers(0, 20), min_size=count, max_size=count)),
         pace=draw(st.sampled_from([0, 1, 2, 3])),
     )
@@ -155,6 +164,8 @@ class Run:
 
     def _abort(self, request: Request, index: int | None) -> None:
         self.engine.abort(request.request_id, index)
+        if request.params.use_beam_search and index is not None:
+            return
         for each in range(request.params.num_sequences):
             if index in (None, each):
                 self.aborted.add((request.request_id, each))
@@ -236,6 +247,13 @@ def test_any_schedule_gives_the_same_tokens(scenario: Scenario) -> None:
 @settings(slow_ok, max_examples=900)
 @given(scenarios(accidents=True))
 def test_aborts_and_failures_change_nothing_for_the_others(scenario: Scenario) -> None:
+    run = Run(scenario)
+    check(scenario, run.finish(), run.aborted)
+
+
+@settings(slow_ok, max_examples=350)
+@given(scenarios(accidents=True, beams=True))
+def test_beam_searches_find_what_trying_everything_finds(scenario: Scenario) -> None:
     run = Run(scenario)
     check(scenario, run.finish(), run.aborted)
 

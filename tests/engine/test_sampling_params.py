@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from engine.errors import RequestError
+from engine.grammar import Grammar
 from engine.sampling_params import SamplingParams
 
 
@@ -71,6 +72,13 @@ def test_defaults_are_vllms() -> None:
         ("prompt_logprobs", 21),
         ("truncate_prompt_tokens", 0),
         ("priority", 2**40),
+        ("use_beam_search", 1),
+        ("length_penalty", "1"),
+        ("length_penalty", 11),
+        ("length_penalty", float("nan")),
+        ("early_stopping", "always"),
+        ("early_stopping", 1),
+        ("early_stopping", None),
     ],
 )
 def test_bad_values_are_named(field: str, value: Any) -> None:
@@ -94,6 +102,27 @@ def test_contradictions_are_named(arguments: dict[str, Any], param: str) -> None
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("presence_penalty", 1.0),
+        ("frequency_penalty", -0.5),
+        ("repetition_penalty", 1.1),
+        ("logit_bias", {1: 2}),
+        ("allowed_token_ids", [1]),
+        ("bad_words", ["x"]),
+        ("watermark", True),
+        ("prompt_logprobs", 0),
+        ("grammar", Grammar("regex", "a")),
+    ],
+)
+def test_what_a_beam_search_does_not_go_with_is_named(field: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"{field}: .* use_beam_search") as caught:
+        SamplingParams(use_beam_search=True, n=2, **{field: value})
+    assert caught.value.param == field
+    SamplingParams(use_beam_search=True, n=2, temperature=0, top_k=3, top_p=0.5, seed=1, min_tokens=2, stop="x")
+
+
 def test_shapes_are_made_uniform() -> None:
     params = SamplingParams(
         stop="END", stop_token_ids=[2, 3], logit_bias={"5": 1}, bad_words=["x"], allowed_token_ids={7}
@@ -108,6 +137,9 @@ def test_derived_facts() -> None:
     assert SamplingParams(temperature=0).greedy
     assert SamplingParams(n=2, best_of=4).num_sequences == 4 and SamplingParams(n=2, best_of=4).needs_logprobs
     assert SamplingParams(n=2, temperature=0).num_sequences == 2, "equal ones"
+    beams = SamplingParams(n=2, best_of=4, use_beam_search=True, stop_token_ids=(7,))
+    assert (beams.num_sequences, beams.beam_width, beams.num_logprobs) == (2, 4, 5) and beams.needs_logprobs
+    assert beams.replace(logprobs=9).num_logprobs == 9
     assert not SamplingParams(n=4).needs_logprobs and SamplingParams(logprobs=0).needs_logprobs
 
 
