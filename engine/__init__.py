@@ -10,13 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.beam_output import BeamSearchOutput as BeamSearchOutput
     from engine.config import EngineConfig as EngineConfig
     from engine.llm import LLM as LLM
     from engine.output import CompletionOutput as CompletionOutput
     from engine.output import RequestOutput as RequestOutput
+    from engine.sampling_params import BeamSearchParams as BeamSearchParams
     from engine.sampling_params import SamplingParams as SamplingParams
 
 _MODULES = {
+    "BeamSearchOutput": "engine.beam_output",
+    "BeamSearchParams": "engine.sampling_params",
     "CompletionOutput": "engine.output",
     "EngineConfig": "engine.config",
     "LLM": "engine.llm",

@@ -14,6 +14,7 @@ from typing import Any, Self, cast
 
 import msgspec
 
+from engine.beam_output import BeamSearchOutput
 from engine.chat_template import Messages, read_template
 from engine.config import EngineConfig
 from engine.embedding import Embedding, EmbeddingRequestOutput, check_dimensions, embedding_params, unit_vector
@@ -24,7 +25,7 @@ from engine.model_config import ModelConfig, resolve
 from engine.output import OutputProcessor, RequestOutput
 from engine.prompts import Prompt, prompt_list, split_prompt
 from engine.request import Request
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import BeamSearchParams, SamplingParams
 from engine.step import Pooling
 from engine.tokenizer import Tokenizer, default_sampling, prepare_params, prepare_prompt
 from engine.vllm_arguments import translate
@@ -167,6 +168,28 @@ class LLM:
             token_ids = self._tokenizer.encode(text, add_special_tokens=False)
             prepared.append(self._prepare({"prompt": text, "prompt_token_ids": token_ids}, conversation_params))
         return self._run(prepared, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Find the likeliest outputs after one prompt or each of a list; the results are in the prompts' order.
+
+        The outputs are those of `generate(num_beams=params.beam_width)` in Transformers. `concurrency_limit` has no
+        effect: the engine runs as many as fit. Raises RequestError as `generate` does, and RequestFailed for a search
+        that cannot be finished.
+        """
+        _refuse_lora(lora_request)
+        del concurrency_limit
+        results = self._run([self._prepare(prompt, params.sampling) for prompt in prompt_list(prompts)], use_tqdm)
+        for result in results:
+            if result.error is not None:
+                raise RequestFailed(result.error)
+        return [BeamSearchOutput.of(result, self._tokenizer) for result in results]
 
     def embed(
         self,

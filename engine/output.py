@@ -36,7 +36,7 @@ class CompletionOutput:
     token_ids: list[int]
     """Every token drawn, the stop token included."""
     cumulative_logprob: float | None
-    """None unless log-probabilities were computed (logprobs or best_of)."""
+    """None unless log-probabilities were computed (logprobs, best_of or use_beam_search)."""
     logprobs: Logprobs | None
     finish_reason: str | None
     """"stop", "length", "abort" or "error"."""
@@ -49,7 +49,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """One finished request: n samples in order of index, or the n best of best_of, best first."""
+    """One finished request: n samples in order of index, or the n best of best_of or of a beam search, best first."""
 
     request_id: str
     prompt: str | None
@@ -59,7 +59,7 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0
     num_completion_tokens: int = 0
-    """Tokens drawn in all, samples that best_of left out included."""
+    """Tokens drawn in all, samples that best_of left out included; of a beam search those of its outputs."""
     error: str | None = None
     """What went wrong, when a sample finished with "error"."""
     embedding: bytes | None = None

@@ -134,8 +134,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def _check_beams(self) -> None:
         for field, off in NOT_WITH_BEAMS.items():
-            if (value := getattr(self, field)) != off:
-                raise RequestError(f"{field}: got {value!r:.200}, not allowed with use_beam_search", param=field)
+            if getattr(self, field) != off:
+                said = "structured output" if field == "grammar" else field
+                raise RequestError(f"use_beam_search: not together with {said}", param="use_beam_search")
 
     @property
     def beam_width(self) -> int:
@@ -168,6 +169,42 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def replace(self, **changes: Any) -> SamplingParams:
         """A validated copy with some fields changed."""
         return msgspec.structs.replace(self, **changes)
+
+
+class BeamSearchParams(msgspec.Struct, frozen=True):
+    """vLLM's parameters of a beam search, for `LLM.beam_search`; the `beam_width` best outputs are returned.
+
+    `temperature` and `include_stop_str_in_output` have no effect: beams are ranked by the model's own
+    log-probabilities, and an output has the token that ended it. Raises RequestError as SamplingParams does.
+    """
+
+    beam_width: int
+    max_tokens: int | None
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The same as SamplingParams."""
+        if type(self.beam_width) is not int or not 1 <= self.beam_width <= MAX_SEQUENCES:
+            raise _wrong("beam_width", self.beam_width, f"1 to {MAX_SEQUENCES}")
+        return SamplingParams(
+            n=self.beam_width,
+            use_beam_search=True,
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            logprobs=min(2 * self.beam_width, MAX_LOGPROBS),
+            detokenize=False,
+        )
 
 
 _FLAGS = (

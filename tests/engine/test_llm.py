@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from engine import LLM, SamplingParams
 from engine.config import EngineConfig
@@ -100,10 +102,23 @@ for output in outputs[0].outputs:
 """
 
 
+BEAMS = """
+from vllm import LLM
+from vllm.sampling_params import BeamSearchParams
+
+llm = LLM(model="facebook/opt-125m", dtype="float32")
+params = BeamSearchParams(beam_width=5, max_tokens=20)
+outputs = llm.beam_search([{"prompt": "Hello, my name is"}, {"prompt_token_ids": [1, 40, 41]}], params)
+for output in outputs:
+    for sequence in output.sequences:
+        print(f"Beam: {sequence.text!r} {sequence.cum_logprob:.3f} {len(sequence.tokens)}")
+"""
+
+
 def run_program(program: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """Run a program as its author wrote it, but for the import and the model."""
     names: dict[str, Any] = {"__name__": "__main__"}
-    program = program.replace("from vllm import", "from engine import").replace("facebook/opt-125m", TINY)
+    program = program.replace("from vllm", "from engine").replace("facebook/opt-125m", TINY)
     try:
         exec(compile(program, "program.py", "exec"), names)
     finally:
@@ -139,6 +154,25 @@ def test_the_two_samples_program(capsys: pytest.CaptureFixture[str]) -> None:
     (request,) = names["outputs"]
     assert [sample.index for sample in request.outputs] == [0, 1]
     assert request.outputs[0].token_ids != request.outputs[1].token_ids
+
+
+def test_the_beams_program(capsys: pytest.CaptureFixture[str]) -> None:
+    """vLLM's names over Transformers' search."""
+    names = run_program(BEAMS, capsys)
+    assert names["printed"].count("Beam: ") == 10
+    tokenizer = names["llm"].get_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    for output, prompt in zip(names["outputs"], (tokenizer("Hello, my name is").input_ids, [1, 40, 41])):
+        rows = model.generate(
+            torch.tensor([prompt]), num_beams=5, num_return_sequences=5, max_new_tokens=20, do_sample=False
+        ).tolist()
+        for sequence, row in zip(output.sequences, rows, strict=True):
+            assert sequence.tokens == row[: len(sequence.tokens)] and set(row[len(sequence.tokens) :]) <= {2}, "padded"
+            assert sequence.text == tokenizer.decode(sequence.tokens)
+            assert len(sequence.logprobs) == len(sequence.tokens) - len(prompt)
+            drawn = [entry[token].logprob for token, entry in zip(sequence.tokens[len(prompt) :], sequence.logprobs)]
+            assert sequence.cum_logprob == pytest.approx(sum(drawn))
+            assert sequence.finish_reason == ("stop" if sequence.tokens[-1] == 2 else "length")
 
 
 def test_every_shape_of_prompt_gives_the_same_tokens(llm: LLM) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from engine.errors import RequestError
 from engine.grammar import Grammar
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import BeamSearchParams, SamplingParams
 
 
 def test_defaults_are_vllms() -> None:
@@ -117,10 +117,27 @@ def test_contradictions_are_named(arguments: dict[str, Any], param: str) -> None
     ],
 )
 def test_what_a_beam_search_does_not_go_with_is_named(field: str, value: Any) -> None:
-    with pytest.raises(RequestError, match=f"{field}: .* use_beam_search") as caught:
+    with pytest.raises(RequestError, match="use_beam_search: not together with ") as caught:
         SamplingParams(use_beam_search=True, n=2, **{field: value})
-    assert caught.value.param == field
+    assert caught.value.param == "use_beam_search"
+    assert field in str(caught.value) or field == "grammar"
     SamplingParams(use_beam_search=True, n=2, temperature=0, top_k=3, top_p=0.5, seed=1, min_tokens=2, stop="x")
+
+
+@pytest.mark.parametrize(
+    "arguments, param",
+    [
+        ({"beam_width": 0, "max_tokens": 5}, "beam_width"),
+        ({"beam_width": 2.0, "max_tokens": 5}, "beam_width"),
+        ({"beam_width": 2, "max_tokens": 0}, "max_tokens"),
+        ({"beam_width": 2, "max_tokens": 5, "length_penalty": "1"}, "length_penalty"),
+        ({"beam_width": 2, "max_tokens": 5, "early_stopping": "maybe"}, "early_stopping"),
+    ],
+)
+def test_beam_search_params_are_checked_too(arguments: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError, match=param) as caught:
+        BeamSearchParams(**arguments)
+    assert caught.value.param == param
 
 
 def test_shapes_are_made_uniform() -> None:
