@@ -231,7 +231,10 @@ class LLMEngine:
         """Give the ranks the masks they await, if everything before that step has been read."""
         if self._unmasked is not None and self._in_flight[0][0] is self._unmasked:
             step, self._unmasked = self._unmasked, None
-            self.executor.send_masks(self._masking.masks(step))
+            began_s = time.perf_counter()
+            masks = self._masking.masks(step)
+            self.metrics.mask_s.observe(time.perf_counter() - began_s)
+            self.executor.send_masks(masks)
 
     def step(self) -> list[SequenceOutput]:
         """Fill the pipeline and finish its oldest step."""

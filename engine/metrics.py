@@ -73,3 +73,5 @@ class EngineMetrics:
         """Between two tokens of a sample."""
         self.step_s = Histogram()
         """What the ranks spent on a step."""
+        self.mask_s = Histogram()
+        """What computing the masks of a step took, of steps that have any."""

@@ -2,6 +2,7 @@
 
     python -m scripts.bench                      all of: scheduler, cache, dispatch, throughput
     python -m scripts.bench scheduler cache      some of them
+    python -m scripts.bench grammar [--gpu]      grammar-bound requests (see scripts/bench_grammar.py)
     python -m scripts.bench gpu --help           the GPU path
 
 Results are kept in scripts/results/<host kind>-<date>.json. The exit code is 1 when a limit is missed.
@@ -65,23 +66,34 @@ def throughput(args: argparse.Namespace) -> list[Row]:
     )
 
 
+def grammar(args: argparse.Namespace) -> list[Row]:
+    """What 64 grammar-bound requests add to a step, on simulated ranks or on a GPU."""
+    from scripts.bench_grammar import measure_grammar
+
+    return measure_grammar(args.steps, gpu=args.gpu)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "scheduler": scheduler,
     "cache": cache,
     "dispatch": dispatch,
     "throughput": throughput,
+    "grammar": grammar,
 }
+ON_REQUEST = ("grammar",)
+"""Not among `all`: what needs a package of its own."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all), or gpu")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, or gpu")
     parser.add_argument("--steps", type=int, default=500, help="steps a figure of scheduler and dispatch")
     parser.add_argument("--model", default="configs/tiny", help="throughput: a folder or a hub name")
     parser.add_argument("--requests", type=int, default=32, help="throughput: length of the trace")
     parser.add_argument("--transformers-batch", type=int, default=16, help="throughput: size of a static batch")
     parser.add_argument("--dtype", default="float32", help="throughput: of both (bfloat16 slows Transformers on a CPU)")
     parser.add_argument("--threads", type=int, default=1, help="throughput: of both, in torch on a CPU")
+    parser.add_argument("--gpu", action="store_true", help="grammar: a model of dummy weights on a GPU")
     parser.add_argument("--no-save", action="store_true", help="write no file")
     args = parser.parse_args(argv)
     unknown = [part for part in args.parts if part not in PARTS]
@@ -97,7 +109,8 @@ def main(argv: list[str]) -> int:
 
         return bench_gpu.main(argv[1:])
     args = parse(argv)
-    rows = [row for part in args.parts or PARTS for row in PARTS[part](args)]
+    parts = args.parts or [part for part in PARTS if part not in ON_REQUEST]
+    rows = [row for part in parts for row in PARTS[part](args)]
     print(table(rows))
     if not args.no_save:
         print(f"saved to {save(rows)}")
