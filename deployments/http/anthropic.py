@@ -22,7 +22,7 @@ from deployments.http.anthropic_types import (
     ToolUseBlock,
 )
 from deployments.http.body import parse, read_body
-from deployments.http.context import answer_headers, check_model, service_of
+from deployments.http.context import answer_headers, caller_of, check_model, service_of
 from deployments.http.errors import failure_of, request_id_of
 from deployments.http.openai_types import ChatCompletionRequest
 from deployments.http.sse import start_stream, until_disconnect
@@ -78,6 +78,8 @@ async def _read(request: Request, kind: type[Any]) -> Any:
     service = service_of(request)
     body = parse(kind, await read_body(request, int(service.config.max_body_mib * 2**20)))
     check_model(service, body.model)
+    user = (getattr(body, "metadata", None) or {}).get("user_id")
+    caller_of(request).name(user if isinstance(user, str) else None)
     return body
 
 

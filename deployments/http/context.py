@@ -82,7 +82,7 @@ async def read(request: Request, kind: type[Body]) -> Body:
     body = parse(kind, await read_body(request, int(service.config.max_body_mib * 2**20)))
     check_model(service, body.model)
     caller = caller_of(request)
-    caller.name(body.user)
+    caller.name(body.safety_identifier or body.user)
     if body.timeout is not None:
         caller.wait(body.timeout, "timeout")
     service.check_room()

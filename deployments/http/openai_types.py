@@ -25,7 +25,8 @@ class OpenAIRequest(BaseModel):
 
     model: str | None = None
     user: str | None = None
-    """Without API keys: the tenant, for fair shares."""
+    safety_identifier: str | None = None
+    """What OpenAI has in the place of `user`. Without API keys: the tenant, for fair shares."""
     timeout: float | None = None
     """Seconds after which the request is aborted and answered with 504."""
     request_id: str | None = None

@@ -43,29 +43,33 @@ class ResponseStore:
 
     def __init__(self, max_kept: int = MAX_KEPT, max_bytes: int = MAX_KEPT_BYTES) -> None:
         self._max_kept, self._max_bytes = max_kept, max_bytes
-        self._kept: OrderedDict[str, tuple[Item, list[Item], int]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], tuple[Item, list[Item], int]] = OrderedDict()
+        """By whose it is, and its id."""
         self._bytes = 0
 
-    def put(self, response: Item, messages: list[Item]) -> None:
-        """Keep a response and the conversation it ends."""
-        size = len(_json.encode([response, messages]))
-        self._kept[response["id"]] = (response, messages, size)
+    def put(self, response: Item, messages: list[Item], owner: str = "") -> None:
+        """Keep a response and the conversation it ends, for its owner only."""
+        size, key = len(_json.encode([response, messages])), (owner, response["id"])
+        if key in self._kept:
+            self.delete(response["id"], owner)
+        self._kept[key] = (response, messages, size)
         self._bytes += size
         while self._kept and (len(self._kept) > self._max_kept or self._bytes > self._max_bytes):
             self._bytes -= self._kept.popitem(last=False)[1][2]
 
-    def get(self, response_id: str) -> tuple[Item, list[Item]]:
-        """The response and its conversation. Raises ResponseNotFound."""
-        if response_id not in self._kept:
+    def get(self, response_id: str, owner: str = "") -> tuple[Item, list[Item]]:
+        """The owner's response of that id, and its conversation. Raises ResponseNotFound."""
+        key = (owner, response_id)
+        if key not in self._kept:
             raise ResponseNotFound(f"response {response_id!r:.100} is not kept here (any more)", param="response_id")
-        self._kept.move_to_end(response_id)
-        response, messages, _ = self._kept[response_id]
+        self._kept.move_to_end(key)
+        response, messages, _ = self._kept[key]
         return response, messages
 
-    def delete(self, response_id: str) -> None:
+    def delete(self, response_id: str, owner: str = "") -> None:
         """Forget a response. Raises ResponseNotFound."""
-        self.get(response_id)
-        self._bytes -= self._kept.pop(response_id)[2]
+        self.get(response_id, owner)
+        self._bytes -= self._kept.pop((owner, response_id))[2]
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -76,7 +80,8 @@ async def create_response(request: Request) -> Response:
     service = service_of(request)
     body = parse(ResponsesRequest, await read_body(request, int(service.config.max_body_mib * 2**20)))
     check_model(service, body.model)
-    call = _Call(service, _store_of(request), body, request_id_of(request))
+    caller_of(request).name(body.safety_identifier or body.user)
+    call = _Call(service, _store_of(request), body, request_id_of(request), owner=_owner(request))
     await call.start()
     if body.stream:
         return await start_stream(request.receive, call.events(), on_error=_error_event, headers=answer_headers(body))
@@ -86,14 +91,14 @@ async def create_response(request: Request) -> Response:
 
 async def get_response(request: Request) -> Response:
     """An earlier response."""
-    response, _ = _store_of(request).get(request.path_params["id"])
+    response, _ = _store_of(request).get(request.path_params["id"], _owner(request))
     return Response(_json.encode(response), media_type="application/json")
 
 
 async def delete_response(request: Request) -> Response:
     """Forget an earlier response."""
     response_id = request.path_params["id"]
-    _store_of(request).delete(response_id)
+    _store_of(request).delete(response_id, _owner(request))
     answer = {"id": response_id, "object": "response", "deleted": True}
     return Response(_json.encode(answer), media_type="application/json")
 
@@ -108,6 +113,12 @@ def _store_of(request: Request) -> ResponseStore:
     return store
 
 
+def _owner(request: Request) -> str:
+    """Whose responses this caller may see: its key's holder's; where there are no keys, everybody's."""
+    caller = caller_of(request)
+    return caller.tenant if caller.trusted else ""
+
+
 def _error_event(error: BaseException) -> bytes:
     body = failure_of(error).body
     return _json.encode({"type": "error", "code": body.code, "message": body.message, "param": body.param})
@@ -116,10 +127,12 @@ def _error_event(error: BaseException) -> bytes:
 class _Call:
     """One request on its way, and how its answer looks."""
 
-    def __init__(self, service: ModelService, store: ResponseStore, body: ResponsesRequest, request_id: str) -> None:
+    def __init__(
+        self, service: ModelService, store: ResponseStore, body: ResponsesRequest, request_id: str, *, owner: str
+    ) -> None:
         if body.background:
             raise NotSupported("background: this server answers in the foreground", param="background")
-        self.service, self.store, self.body = service, store, body
+        self.service, self.store, self.body, self.owner = service, store, body, owner
         self.id = f"resp_{request_id}"
         self.created = int(time.time())
         earlier = self._earlier()
@@ -134,7 +147,7 @@ class _Call:
         if self.body.previous_response_id is None:
             return []
         try:
-            return self.store.get(self.body.previous_response_id)[1]
+            return self.store.get(self.body.previous_response_id, self.owner)[1]
         except ResponseNotFound as error:
             error.param, error.code = "previous_response_id", "previous_response_not_found"
             raise
@@ -208,7 +221,7 @@ class _Call:
             "total_tokens": prompt + output,
         }
         if self.body.store is not False:
-            self.store.put(response, [*self.history, *_as_messages(items)])
+            self.store.put(response, [*self.history, *_as_messages(items)], self.owner)
         return response
 
     def _response(self, status: str, items: list[Item]) -> Item:

@@ -36,6 +36,8 @@ class ResponsesRequest(BaseModel):
     metadata: dict[str, Any] | None = None
     truncation: str | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    """What OpenAI has in the place of `user`. Without API keys: the tenant, for fair shares."""
 
     def messages(self) -> list[dict[str, Any]]:
         """The input's items as chat messages. Raises RequestError naming the item at fault."""

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from deployments.generation import Generation
 from deployments.http.body import parse, read_body
 from deployments.http.context import answer_headers, service_of
-from deployments.http.errors import failure_of, request_id_of
+from deployments.http.errors import Unauthorized, failure_of, request_id_of
 from deployments.http.pages import product_version
 from deployments.http.sse import event, start_stream, until_disconnect
 from deployments.http.tgi_types import (
@@ -105,7 +105,9 @@ async def _answer(request: Request, kind: type[GenerateRequest], *, stream: bool
 
 def _error_json(error: BaseException) -> bytes:
     """TGI's error object."""
-    if isinstance(error, RequestError):
+    if isinstance(error, Unauthorized):
+        text, kind = str(error), "unauthorized"
+    elif isinstance(error, RequestError):
         text, kind = f"Input validation error: {error}", "validation"
     elif isinstance(error, EngineOverloaded):
         text, kind = str(error), "overloaded"

@@ -233,6 +233,9 @@ def test_no_key_no_answer_in_every_dialect(locked: AppConfig) -> None:
             assert answer.json()["error"]["code"] == "invalid_api_key"
             answer = await site.ask("/v1/messages", **chat)
             assert answer.json()["error"]["type"] == "authentication_error"
+            answer = await site.ask("/generate", inputs="Hi")
+            assert answer.json()["error_type"] == "unauthorized"
+            assert answer.json()["error"].startswith("an API key")
             for path in ("/stats", "/metrics", "/engine/state", "/v1/models", "/info"):
                 assert (await site.http.get(path)).status_code == 401, path
             for path in ("/health", "/ready"):
@@ -278,6 +281,54 @@ def test_a_key_opens_and_names_the_tenant(locked: AppConfig) -> None:
             assert tenants[:3] == ["alice", "bob", "bob"] and tenants[3].startswith("key-")
             site.thaw()
             assert [(await task).status_code for task in tasks] == [200] * 4
+
+    asyncio.run(main())
+
+
+def test_every_dialect_names_its_tenant(config: AppConfig) -> None:
+    """Where no key does: OpenAI's user and safety_identifier, Anthropic's metadata."""
+
+    async def main() -> None:
+        async with Site(config) as site:
+            chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "model": "tiny"}
+            tasks = [
+                site.ask(user="completion", **TEXT),
+                site.ask("/v1/chat/completions", user="old", safety_identifier="chat", **chat),
+                site.ask("/v1/responses", input="Hi", max_output_tokens=4, user="response"),
+                site.ask("/v1/responses", input="Hi", max_output_tokens=4, safety_identifier="safe"),
+                site.ask("/v1/messages", metadata={"user_id": "message"}, **chat),
+                site.ask("/generate", {"x-manta-tenant": "generate"}, inputs="Hi", parameters={"max_new_tokens": 4}),
+            ]
+            await site.waiting(6)
+            await site.service.stats()
+            tenants = {group.request.tenant for group in site.driver.engine.groups()}
+            assert tenants == {"completion", "chat", "response", "safe", "message", "generate"}
+            site.thaw()
+            assert [(await task).status_code for task in tasks] == [200] * 6
+            answer = await site.ask("/v1/messages", metadata={"user_id": 5}, **chat)
+            assert answer.status_code == 200
+
+    asyncio.run(main())
+
+
+def test_kept_responses_are_their_key_holders(locked: AppConfig) -> None:
+    async def main() -> None:
+        async with Site(locked) as site:
+            site.thaw()
+            alice, bob = {"x-api-key": "sk-alice-0123", "x-request-id": "same"}, {"x-api-key": "sk-bob"}
+            made = await site.ask("/v1/responses", alice, input="Hi", max_output_tokens=4, user="bob")
+            path = f"/v1/responses/{made.json()['id']}"
+            assert (await site.http.get(path, headers=alice)).status_code == 200
+            assert (await site.http.get(path, headers=bob)).status_code == 404
+            assert (await site.http.delete(path, headers=bob)).status_code == 404
+            body = {"input": "And?", "max_output_tokens": 4, "previous_response_id": made.json()["id"]}
+            answer = await site.ask("/v1/responses", bob, **body)
+            assert answer.status_code == 404
+            assert answer.json()["error"]["code"] == "previous_response_not_found"
+            assert (await site.ask("/v1/responses", {**bob, "x-request-id": "same"}, input="Hi")).status_code == 200
+            assert (await site.http.get(path, headers=alice)).json() == made.json(), "an equal id of another's"
+            answer = await site.ask("/v1/responses", alice, **body)
+            assert answer.status_code != 404, "found; these ranks know but few tokens"
 
     asyncio.run(main())
 
