@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -22,17 +23,22 @@ from deployments.config import AppConfig
 from deployments.embeddings import embed
 from deployments.generation import Generation
 from deployments.http.asgi import create_app
+from deployments.http.last_words import LastWords
 from deployments.http.openai_types import prompts_of
 from deployments.serve_calls import is_streaming_call, request_id
 from deployments.service import ModelService
-from engine.errors import EngineUnavailable, MantaError, RequestError
+from engine.errors import ConfigError, EngineUnavailable, MantaError, ModelLoadError, RequestError
 from engine.model_config import ModelConfig, resolve
 from engine.tokenizer import Tokenizer, default_sampling
 
 logger = logging.getLogger("ray.serve")
 
 MAX_DRIVER_STARTS = 3
-"""Failures in a row after which a lost driver is given up, and Serve replaces the replica."""
+"""Failures in a row after which a lost driver is given up."""
+MAX_SICK_CHECKS = 3
+"""Health checks in a row that find the engine gone before the only replica starts it again: as many as Serve waits."""
+REVIVE_AFTER_S, REVIVE_AFTER_AT_MOST_S = 2.0, 60.0
+"""The pause between two such starts; doubled each time."""
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a chat."""
@@ -44,9 +50,12 @@ class LLMServer:
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """Load the model on its ranks. Raises ConfigError, ModelLoadError or EngineUnavailable."""
         self._closing = False
+        self._only = config.num_replicas == 1 and config.autoscaling is None
+        self._sick_checks = 0
         self._driver: Any = None
         self._client: DriverClient | None = None
         self._restart: asyncio.Task[None] | None = None
+        self._last_words: LastWords | None = None
         self._model_config = await asyncio.to_thread(ModelConfig.load, config)
         self.config = resolve(config, self._model_config)
         context = serve.get_replica_context()
@@ -59,7 +68,8 @@ class LLMServer:
             vocab_size=self._model_config.vocab_size,
             sampling_defaults=default_sampling(self.config),
         )
-        self._app = create_app(self.service, echo_request_id=False)  # Serve does
+        self._last_words = await asyncio.to_thread(LastWords.start)
+        self._app = create_app(self.service, echo_request_id=False, last_words=self._last_words)  # Serve echoes
         self._driver = await driver
         await self._connect()
         logger.info("%s serves %s", self._name, ", ".join(self.config.names))
@@ -113,10 +123,20 @@ class LLMServer:
         return vectors[0] if single else vectors
 
     async def check_health(self) -> None:
-        """Serve's health check: raises when the engine is gone, stuck, or cannot come back."""
+        """Serve's health check: raises when the engine is gone, stuck, or cannot come back.
+
+        Serve then takes the replica out and makes another. The only replica there is stays, says 503 with the reason
+        and when to come back, and starts its engine again until that works: without any, Serve holds requests, and
+        /health too, for as long as it takes.
+        """
         health = await self.service.health()
-        if not health.live:
+        self._sick_checks = 0 if health.live else self._sick_checks + 1
+        if health.live:
+            return
+        if not self._only:
             raise EngineUnavailable(f"{self._name}: {health.state}: {health.reason}")
+        if self._sick_checks >= MAX_SICK_CHECKS and (self._restart is None or self._restart.done()):
+            self._restart = asyncio.ensure_future(self._revive(health.reason))
 
     def __del__(self) -> Any:
         """Serve's end of a replica, after its requests. Serve awaits the result; the interpreter calls it once more."""
@@ -131,6 +151,8 @@ class LLMServer:
             await self._client.close()
         if self._driver is not None:
             await asyncio.to_thread(stop_driver, self._driver)
+        if self._last_words is not None:
+            self._last_words.close()
 
     async def _begin(self, prompt: Prompt, params: dict[str, Any]) -> Generation:
         name = request_id()
@@ -191,17 +213,40 @@ class LLMServer:
         """Start another driver and hand it every unfinished request with its tokens so far."""
         for attempt in range(1, MAX_DRIVER_STARTS + 1):
             try:
-                with contextlib.suppress(Exception):
-                    await asyncio.to_thread(stop_driver, self._driver)
-                self._driver = await self._start_driver()
-                await self._connect()
+                await self._start_again()
             except MantaError as error:
                 reason = str(error)
                 logger.error("%s: start %d of %d failed: %s", self._name, attempt, MAX_DRIVER_STARTS, reason)
+                if isinstance(error, ConfigError | ModelLoadError):
+                    break  # it would fail the same way again
                 continue
             logger.info("%s has a new driver; %d requests go on", self._name, self.service.resume())
             return
         self.service.fail(reason)
+
+    async def _revive(self, reason: str) -> None:
+        """Fail every request, and start drivers until one runs. The log says it once."""
+        logger.error("%s has no engine (%s); it is tried again until there is one", self._name, reason)
+        self.service.fail(reason)
+        pause_s, began_s = REVIVE_AFTER_S, time.monotonic()
+        while True:
+            try:
+                await self._start_again()
+                break
+            except MantaError as error:
+                self.service.fail(str(error))
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, REVIVE_AFTER_AT_MOST_S)
+        logger.info("%s has an engine again, after %.0f s", self._name, time.monotonic() - began_s)
+
+    async def _start_again(self) -> None:
+        """Another driver in the place of the one there was."""
+        if self._client is not None:
+            await self._client.close()
+        with contextlib.suppress(Exception):
+            await asyncio.to_thread(stop_driver, self._driver)
+        self._driver = await self._start_driver()
+        await self._connect()
 
 
 class _Served(Response):

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import MantaError, RequestError
+from engine.errors import EngineUnavailable, MantaError, RequestError
 
 logger = logging.getLogger("ray.serve")
 
@@ -93,7 +93,8 @@ async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         what = "no such route" if error.status_code == 404 else "method not allowed"
         error = HTTPException(error.status_code, f"{what}: {request.method} {request.url.path}", error.headers)
-    if isinstance(error, MantaError) and error.http_status >= 500:
+    refused = isinstance(error, EngineUnavailable)  # its cause is told once, where it lies
+    if isinstance(error, MantaError) and error.http_status >= 500 and not refused:
         logger.warning("request %s failed: %s", request_id_of(request), error)
     return openai_response(error)
 
