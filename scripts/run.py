@@ -42,6 +42,10 @@ SERVE_ENVIRONMENT = {
     # A request whose replica died before it said anything goes to another one: that costs tokens, and changes nothing.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10),  # of which a request must fit into one, to be sent again
+    # Every change of replicas has a new HAProxy take over; the old one ends streams that still run after this long.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    # `serve shutdown` ends the proxy's actor at once. Its child HAProxy is left to finish its streams; see haproxy.sh.
+    "RAY_kill_child_processes_on_worker_exit": "0",
     "RAY_SERVE_HAPROXY_BINARY_PATH": str(REPOSITORY / "scripts/haproxy.sh"),
     "MANTA_PYTHON": sys.executable,
     "RAY_USAGE_STATS_ENABLED": "0",
