@@ -5,7 +5,7 @@ another is a few numbers a part. Rows are independent and the parts depend on th
 do not depend on its batch.
 
     race      every part's winner: the largest logit, or logit / temperature + Gumbel noise
-    search    (top_k) counts above 16 pivots, seven times: the k-th largest value, the row's floor
+    select    (top_k) the k-th largest value, the row's floor, from the maxima of small groups that `race` leaves
     weigh     the mass of the tokens likelier than the winner: is it in the nucleus?
     race, weigh again, for the rows whose winner is outside the kept set, among the tokens above it
     finish    the token; a row refused twice is raced again by one program until its winner is kept
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from kernels.sampling import SamplingTensors
 
 PART = 4096
-SEARCHES = 7
-PIVOTS = 16
+GROUPS = 64  # of a part: every value among a row's k largest is in one of the k groups with the largest maxima
+TILE_GROUPS = 64
 
 
 @jit
@@ -119,10 +119,11 @@ def _is_kept(
 
 @jit(do_not_specialize=["num_rows"])
 def _race_kernel(
-    logits, temperatures, seeds, positions, top_ps, min_ps, floors, best, index, xs, m_in, lowest_in, above, total,
+    logits, temperatures, seeds, positions, top_ps, min_ps, floors, best, index, xs, m_in, maxima, above, total,
     num_rows, num_parts, stride_l,
-    V: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, GREEDY: tl.constexpr,
-    FILTERED: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, AGAIN: tl.constexpr, PDL: tl.constexpr,
+    V: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    GREEDY: tl.constexpr, FILTERED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    AGAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -164,13 +165,12 @@ def _race_kernel(
                 tl.store(xs + base + part, x)
                 if FILTERED:
                     largest = tl.full([BLOCK], -float("inf"), tl.float32)
-                    smallest = tl.full([BLOCK], float("inf"), tl.float32)
                     for start in range(first, end, BLOCK):
-                        x_block = _load(row, start + tl.arange(0, BLOCK), inverse, V)
-                        largest = tl.maximum(largest, x_block)
-                        smallest = tl.minimum(smallest, tl.where(x_block == -float("inf"), float("inf"), x_block))
+                        largest = tl.maximum(largest, _load(row, start + tl.arange(0, BLOCK), inverse, V))
                     tl.store(m_in + base + part, tl.max(largest, 0))
-                    tl.store(lowest_in + base + part, tl.min(smallest, 0))
+                    if TOP_K:
+                        of_groups = tl.max(tl.reshape(largest, [GROUPS, BLOCK // GROUPS]), 1)
+                        tl.store(maxima + (base + part).to(tl.int64) * GROUPS + tl.arange(0, GROUPS), of_groups)
     elif not AGAIN:
         top = -float("inf")
         token = first
@@ -187,77 +187,93 @@ def _race_kernel(
 
 
 @jit
-def _narrow(low, high, counts, k, num_parts, PARTS: tl.constexpr, PIVOTS: tl.constexpr):
-    """The sixteenth of [low, high) that the k-th largest value lies in, from every part's counts of x >= pivot.
-
-    Equal ends: the floor is found. It is -inf where fewer than k values are at least `low`.
-    """
-    pivot = tl.arange(0, PIVOTS)
-    part = tl.arange(0, PARTS)
-    searching = low < high
-    places = counts + part[:, None] * PIVOTS + pivot[None, :]
-    count = tl.sum(tl.load(places, mask=(part < num_parts)[:, None], other=0), 0)
-    pivots = low + (high - low) * (pivot.to(tl.float32) * (1.0 / PIVOTS))
-    enough = count >= k
-    new_low = tl.max(tl.where(enough, pivots, -float("inf")), 0)
-    new_high = tl.min(tl.where(enough, high, pivots), 0)
-    exact = tl.max(tl.where(count == k, pivots, -float("inf")), 0)
-    new_low = tl.where(exact > -float("inf"), exact, new_low)
-    new_high = tl.where((exact > -float("inf")) | (new_low == -float("inf")), new_low, new_high)
-    return tl.where(searching, new_low, low), tl.where(searching, new_high, high)
+def _keys(x):
+    """Integers in the order of the float32 x."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@jit(do_not_specialize=["num_rows", "search"])
-def _search_kernel(
-    logits, temperatures, top_ks, m_in, lowest_in, brackets, counts, num_rows, num_parts, stride_l, search,
-    V: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PIVOTS: tl.constexpr,
-    PDL: tl.constexpr,
+@jit
+def _value(key):
+    """The float32 of a key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@jit
+def _kth_key(keys, k):
+    """The k-th largest of the keys [N], bit by bit; the smallest integer where there are fewer."""
+    kth = tl.full([], -2147483648, tl.int32)
+    for i in range(32):
+        candidate = kth ^ ((k * 0 + 1) << (31 - i))
+        kth = tl.where(tl.sum((keys >= candidate).to(tl.int32), 0) >= k, candidate, kth)
+    return kth
+
+
+@jit
+def _load_groups(
+    row, chosen, start, count, inverse,
+    V: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, TILE_GROUPS: tl.constexpr,
 ):  # fmt: skip
+    """Keys of the tokens of groups chosen[start: start + TILE_GROUPS], flat; the smallest integer past `count`."""
+    RUN: tl.constexpr = BLOCK // GROUPS
+    place = start + tl.arange(0, TILE_GROUPS)
+    group = tl.load(chosen + place, mask=place < count, other=0)
+    t = tl.arange(0, PART // GROUPS)
+    first = group // GROUPS * PART + group % GROUPS * RUN
+    token = first[:, None] + (t // RUN * BLOCK + t % RUN)[None, :]
+    exists = (place < count)[:, None] & (token < V)
+    keys = _keys(tl.load(row + token, mask=exists, other=0.0).to(tl.float32) * inverse)
+    return tl.reshape(tl.where(exists, keys, -2147483648), [TILE_GROUPS * (PART // GROUPS)])
+
+
+@jit
+def _select_kernel(
+    logits, temperatures, top_ks, maxima, chosen, floors, num_parts, stride_l,
+    V: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    TILE_GROUPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """floors[b] = the k-th largest logit over the temperature; -inf where top_k is off."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     b = tl.program_id(0)
-    part = tl.program_id(1)
     temperature = tl.load(temperatures + b)
     k = tl.load(top_ks + b)
-    base = b * num_parts
-    low = -float("inf")
-    high = -float("inf")
+    floor = -float("inf")
     if (temperature > 0) & (k > 0) & (k < V):
-        if search == 0:
-            m = _largest(m_in, base, num_parts, PARTS)
-            parts = tl.arange(0, PARTS)
-            lowest = tl.min(tl.load(lowest_in + base + parts, mask=parts < num_parts, other=float("inf")), 0)
-            # What is more than 60 below the largest cannot win and is not looked for.
-            low = tl.maximum(lowest, m - 60.0)
-            high = m + tl.abs(m) * 1e-6 + 1e-30
-        else:
-            bracket = brackets + ((search - 1) * num_rows + b) * 2
-            before = counts + ((search - 1) * num_rows + b).to(tl.int64) * num_parts * PIVOTS
-            low, high = _narrow(tl.load(bracket), tl.load(bracket + 1), before, k, num_parts, PARTS, PIVOTS)
-    if part == 0:
-        tl.store(brackets + (search * num_rows + b) * 2, low)
-        tl.store(brackets + (search * num_rows + b) * 2 + 1, high)
-    if low < high:
         row = logits + b.to(tl.int64) * stride_l
         inverse = tl.div_rn(1.0, temperature)
-        pivot = tl.arange(0, PIVOTS)
-        pivots = low + (high - low) * (pivot.to(tl.float32) * (1.0 / PIVOTS))
-        count = tl.zeros([PIVOTS, BLOCK], tl.int32)
-        for start in range(part * PART, tl.minimum((part + 1) * PART, V), BLOCK):
-            x = _load(row, start + tl.arange(0, BLOCK), inverse, V)
-            count += (x[None, :] >= pivots[:, None]).to(tl.int32)
-        there = counts + (search * num_rows + b).to(tl.int64) * num_parts * PIVOTS + part * PIVOTS
-        tl.store(there + pivot, tl.sum(count, 1))
+        num_groups = num_parts * GROUPS
+        group = tl.arange(0, PARTS * GROUPS)
+        exists = group < num_groups
+        keys = _keys(tl.load(maxima + b.to(tl.int64) * num_groups + group, mask=exists, other=-float("inf")))
+        # The k-th largest maximum bounds the k-th largest value from below: smaller groups hold none of the k largest.
+        is_chosen = exists & (keys >= _kth_key(keys, k))
+        count = tl.sum(is_chosen.to(tl.int32), 0)
+        mine = chosen + b.to(tl.int64) * num_groups
+        tl.store(mine + tl.cumsum(is_chosen.to(tl.int32), 0) - 1, group, mask=is_chosen)
+        tl.debug_barrier()
+        kth = tl.full([], -2147483648, tl.int32)
+        if count <= TILE_GROUPS:
+            kth = _kth_key(_load_groups(row, mine, 0, count, inverse, V, PART, BLOCK, GROUPS, TILE_GROUPS), k)
+        else:
+            for i in range(32):
+                candidate = kth ^ ((k * 0 + 1) << (31 - i))
+                larger = k * 0
+                for start in range(0, count, TILE_GROUPS):
+                    tile = _load_groups(row, mine, start, count, inverse, V, PART, BLOCK, GROUPS, TILE_GROUPS)
+                    larger += tl.sum((tile >= candidate).to(tl.int32), 0)
+                kth = tl.where(larger >= k, candidate, kth)
+        floor = _value(kth)
+    tl.store(floors + b, floor)
 
 
 @jit(do_not_specialize=["num_rows"])
 def _weigh_kernel(
-    logits, temperatures, top_ks, top_ps, min_ps, floors, best, index, xs, m_in, above, total, brackets, counts,
+    logits, temperatures, top_ps, min_ps, floors, best, index, xs, m_in, above, total,
     num_rows, num_parts, stride_l,
-    V: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, SEARCHES: tl.constexpr,
-    PIVOTS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, AGAIN: tl.constexpr,
-    PDL: tl.constexpr,
+    V: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr, MIN_P: tl.constexpr, AGAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -280,14 +296,10 @@ def _weigh_kernel(
                 weigh = top_p > 1.0
             there = num_rows * num_parts + base
             _, _, x_token = _winner(best, index, xs, there, num_parts, PARTS)
-        else:
-            if TOP_K:
-                bracket = brackets + ((SEARCHES - 1) * num_rows + b) * 2
-                before = counts + ((SEARCHES - 1) * num_rows + b).to(tl.int64) * num_parts * PIVOTS
-                k = tl.load(top_ks + b)
-                floor, _ = _narrow(tl.load(bracket), tl.load(bracket + 1), before, k, num_parts, PARTS, PIVOTS)
-            if part == 0:
-                tl.store(floors + b, floor)
+        elif TOP_K:
+            floor = tl.load(floors + b)
+        elif part == 0:
+            tl.store(floors + b, floor)
         if weigh:
             row = logits + b.to(tl.int64) * stride_l
             inverse = tl.div_rn(1.0, temperature)
@@ -374,7 +386,7 @@ def _choose(logits: Tensor, params: SamplingTensors | None, values: Tensor | Non
     num_parts = -(-size // PART)
     best, xs, above = torch.empty(3, 2 * num_rows * num_parts, dtype=torch.float32, device=device).unbind()
     index = torch.empty(2 * num_rows * num_parts, dtype=torch.int32, device=device)
-    m, lowest, total = torch.empty(3, num_rows * num_parts, dtype=torch.float32, device=device).unbind()
+    m, total = torch.empty(2, num_rows * num_parts, dtype=torch.float32, device=device).unbind()
     floors = torch.empty(num_rows, dtype=torch.float32, device=device)
     greedy = params is None or params.all_greedy
     nothing = logits
@@ -387,36 +399,36 @@ def _choose(logits: Tensor, params: SamplingTensors | None, values: Tensor | Non
     filtered = not (top_k is None and top_p is None and min_p is None)
     top_ps, min_ps = nothing if top_p is None else top_p, nothing if min_p is None else min_p
     block = min(512, max(16, next_power_of_2(size)))
+    groups = min(GROUPS, block)
     sizes = {"V": size, "PARTS": next_power_of_2(num_parts), **dependent_launch(logits)}
     filters = {"TOP_P": top_p is not None, "MIN_P": min_p is not None}
     grid = (num_rows, num_parts)
+    maxima, chosen = best, index
+    if top_k is not None:
+        maxima = torch.empty(num_rows * num_parts * groups, dtype=torch.float32, device=device)
+        chosen = torch.empty(num_rows * num_parts * groups, dtype=torch.int32, device=device)
 
     def race(again: bool) -> None:
         _race_kernel[grid](
-            logits, temperatures, seeds, positions, top_ps, min_ps, floors, best, index, xs, m, lowest, above, total,
-            num_rows, num_parts, logits.stride(0), PART=PART, BLOCK=block, GREEDY=greedy, FILTERED=filtered,
-            AGAIN=again, num_warps=2, **filters, **sizes,
+            logits, temperatures, seeds, positions, top_ps, min_ps, floors, best, index, xs, m, maxima, above, total,
+            num_rows, num_parts, logits.stride(0), PART=PART, BLOCK=block, GROUPS=groups, GREEDY=greedy,
+            FILTERED=filtered, TOP_K=top_k is not None, AGAIN=again, num_warps=2, **filters, **sizes,
         )  # fmt: skip
 
     def weigh(again: bool) -> None:
         _weigh_kernel[grid](
-            logits, temperatures, nothing if top_k is None else top_k, top_ps, min_ps, floors, best, index, xs, m,
-            above, total, brackets, counts, num_rows, num_parts, logits.stride(0),
-            PART=PART, BLOCK=min(1024, block * 2), SEARCHES=SEARCHES, PIVOTS=PIVOTS, TOP_K=top_k is not None,
-            AGAIN=again, num_warps=2, **filters, **sizes,
+            logits, temperatures, top_ps, min_ps, floors, best, index, xs, m, above, total, num_rows, num_parts,
+            logits.stride(0), PART=PART, BLOCK=min(1024, block * 2), TOP_K=top_k is not None, AGAIN=again,
+            num_warps=2, **filters, **sizes,
         )  # fmt: skip
 
     race(again=False)
     if filtered:
-        brackets, counts = nothing, nothing
         if top_k is not None:
-            brackets = torch.empty(SEARCHES, num_rows, 2, dtype=torch.float32, device=device)
-            counts = torch.empty(SEARCHES, num_rows, num_parts, PIVOTS, dtype=torch.int32, device=device)
-            for search in range(SEARCHES):
-                _search_kernel[grid](
-                    logits, temperatures, top_k, m, lowest, brackets, counts, num_rows, num_parts, logits.stride(0),
-                    search, PART=PART, BLOCK=block, PIVOTS=PIVOTS, num_warps=4, **sizes,
-                )  # fmt: skip
+            _select_kernel[(num_rows,)](
+                logits, temperatures, top_k, maxima, chosen, floors, num_parts, logits.stride(0),
+                PART=PART, BLOCK=block, GROUPS=groups, TILE_GROUPS=TILE_GROUPS, num_warps=16, **sizes,
+            )  # fmt: skip
         weigh(again=False)
         race(again=True)
         if top_p is not None:
