@@ -227,9 +227,10 @@ class ModelService:
     def sampling_params(self, given: Mapping[str, Any], **defaults: Any) -> SamplingParams:
         """SamplingParams of the fields a request gave; the model's defaults, then `defaults`, fill the others.
 
-        Raises RequestError naming the field at fault.
+        The model's say nothing of beam searches. Raises RequestError naming the field at fault.
         """
-        params = SamplingParams(**{**defaults, **self.sampling_defaults, **given})
+        own = {} if given.get("use_beam_search") else self.sampling_defaults
+        params = SamplingParams(**{**defaults, **own, **given})
         return prepare_params(params, self.tokenizer, self.vocab_size)
 
     def generate(

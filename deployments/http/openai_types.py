@@ -86,6 +86,10 @@ class GenerationRequest(OpenAIRequest):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
+    use_beam_search: bool | None = None
+    """Search for the likeliest outputs with best_of (or n) beams; the n best come when the search ends."""
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
 
     def sampling(self) -> dict[str, Any]:
         """The SamplingParams fields that were given, by name."""
@@ -125,6 +129,9 @@ _SAMPLING = (
     "spaces_between_special_tokens",
     "truncate_prompt_tokens",
     "priority",
+    "use_beam_search",
+    "length_penalty",
+    "early_stopping",
 )
 
 

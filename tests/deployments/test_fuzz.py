@@ -75,6 +75,8 @@ fuzz = settings(max_examples=120, deadline=None, suppress_health_check=list(Heal
 @example(extra={"chat_template_kwargs": {"tools": 5}}, messages=CHAT["messages"], stream=False)
 @example(extra={"chat_template_kwargs": {"self": 5, "params": 1}}, messages=CHAT["messages"], stream=False)
 @example(extra={}, messages=[{"role": "assistant", "content": "x", "tool_calls": 5}], stream=False)
+@example(extra={"use_beam_search": True, "best_of": 128}, messages=CHAT["messages"], stream=True)
+@example(extra={"use_beam_search": True, "length_penalty": -10}, messages=CHAT["messages"], stream=False)
 def test_chat(server: Any, extra: dict[str, Any], messages: Any, stream: bool) -> None:
     body = {**CHAT, **extra, "messages": messages, "stream": stream}
     check(server, "/v1/chat/completions", json.dumps(body).encode())

@@ -80,6 +80,31 @@ def test_requests_go_on_with_another_engine(server: Any, other_driver: Driver, s
         assert asyncio.run(run(lose_after)) == undisturbed
 
 
+def test_a_beam_search_begins_anew_on_another_engine(server: Any, other_driver: Driver, service: ModelService) -> None:
+    """Nothing of it was told when its engine went."""
+    params = SamplingParams(n=2, best_of=6, use_beam_search=True, max_tokens=60, ignore_eos=True)
+
+    async def run(lose: bool) -> list[list[int]]:
+        client = await connect(service, server.driver)
+        before = (await client.stats())["generated_tokens"]
+        async with service.generate([5, 6, 7], params) as generation:
+            if lose:
+                while (await client.stats())["generated_tokens"] < before + 30:
+                    pass
+                await client.close()
+                service.detach()
+                client = await connect(service, other_driver)
+                assert service.resume() == 1
+            result = await generation.finish()
+        await client.close()
+        return [output.token_ids for output in result.outputs]
+
+    undisturbed = asyncio.run(run(lose=False))
+    assert [len(ids) for ids in undisturbed] == [60, 60]
+    assert asyncio.run(run(lose=True)) == undisturbed
+    server.wait_idle()
+
+
 def test_an_engine_that_is_gone_for_good(server: Any, service: ModelService) -> None:
     async def main() -> None:
         client = await connect(service, server.driver)
