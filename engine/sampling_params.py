@@ -110,12 +110,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             value = getattr(self, field)
             if value is not None and not low <= value <= high:
                 raise _wrong(field, value, what)
-        if not 0 < self.top_p <= 1:
-            raise _wrong("top_p", self.top_p, "above 0, at most 1")
-        if not 0 < self.typical_p <= 1:
-            raise _wrong("typical_p", self.typical_p, "above 0, at most 1")
-        if self.repetition_penalty <= 0:
-            raise _wrong("repetition_penalty", self.repetition_penalty, "above 0")
+        for field, high, what in _ABOVE_0:
+            value = getattr(self, field)
+            if not 0 < value <= high:
+                raise _wrong(field, value, what)
         if self.best_of is not None and self.best_of < self.n:
             raise _wrong("best_of", self.best_of, f"at least n ({self.n})")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -267,6 +265,19 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("length_penalty", -10, 10, "-10 to 10"),
     ("priority", -(2**31), 2**31 - 1, "a signed 32-bit integer"),
 )
+
+
+_ABOVE_0: tuple[tuple[str, float, str], ...] = (
+    ("top_p", 1, "above 0, at most 1"),
+    ("typical_p", 1, "above 0, at most 1"),
+    ("repetition_penalty", float("inf"), "above 0"),
+)
+RANGES: dict[str, dict[str, float]] = {
+    **{field: {"minimum": low, "maximum": high} for field, low, high, _ in _RANGES},
+    **{field: {"exclusiveMinimum": 0, "maximum": high} for field, high, _ in _ABOVE_0 if high < float("inf")},
+    "repetition_penalty": {"exclusiveMinimum": 0},
+}
+"""What numbers a field may have, in JSON Schema's words."""
 
 
 def _wrong(field: str, got: object, allowed: str) -> RequestError:

@@ -18,6 +18,7 @@ from deployments.http.pages import page, product_version
 from deployments.http.responses_types import ResponsesRequest
 from deployments.http.tgi_types import CompatGenerateRequest, GenerateRequest
 from deployments.http.tokenization import DetokenizeRequest, TokenizeRequest
+from engine.sampling_params import RANGES
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
@@ -33,6 +34,8 @@ BODIES: dict[str, type[BaseModel]] = {
     "/generate_stream": GenerateRequest,
 }
 """The body of each POST route."""
+_MEANT = {"max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens", "top_logprobs": "logprobs"}
+"""Fields by other names than SamplingParams'."""
 TGI_ROUTES = ("/", "/generate", "/generate_stream")
 _REFS = "#/components/schemas/{model}"
 _json = msgspec.json.Encoder()
@@ -72,11 +75,24 @@ def _operation(path: str, method: str, route: Route, schemas: dict[str, Any]) ->
     if method == "POST":
         kind = BODIES[path]
         schema = kind.model_json_schema(ref_template=_REFS)
+        if path not in TGI_ROUTES:
+            _tell_ranges(schema)
         schemas.update(schema.pop("$defs", {}))
         schemas[kind.__name__] = schema
         reference = {"$ref": _REFS.format(model=kind.__name__)}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
     return operation
+
+
+def _tell_ranges(schema: dict[str, Any]) -> None:
+    """Put what SamplingParams allows into the schema of a body; the types leave the check, and its words, to it."""
+    for name, field in schema["properties"].items():
+        limits = RANGES.get(_MEANT.get(name, name), {})
+        if name == "max_tokens" and "echo" in schema["properties"]:
+            limits = limits | {"minimum": 0}  # the prompt alone
+        for kind in field.get("anyOf", [field]):
+            if kind.get("type") in ("integer", "number"):
+                kind.update(limits)
 
 
 def _responses(path: str, method: str) -> dict[str, Any]:

@@ -85,4 +85,28 @@ def test_openapi_names_every_route_and_field(server):
         for method, operation in methods.items():
             assert operation["summary"], f"{method} {path} has no docstring"
     chat = api["components"]["schemas"]["ChatCompletionRequest"]["properties"]
-    assert {"messages", "tools", "response_format", "top_k", "guided_json"} <= set(chat)
+    assert {"messages", "tools", "response_format", "top_k", "guided_json", "use_beam_search"} <= set(chat)
+
+
+def test_openapi_tells_the_ranges_that_hold(server):
+    api = httpx.get(f"{server.url}/openapi.json").json()["components"]["schemas"]
+    text, chat = api["CompletionRequest"]["properties"], api["ChatCompletionRequest"]["properties"]
+    told = {}
+    for name, field in text.items():
+        for kind in field.get("anyOf", []):
+            if bounds := {key: kind[key] for key in kind if "inimum" in key or "aximum" in key}:
+                told[name] = bounds
+    assert set(told) >= {"n", "best_of", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logprobs"}
+    assert told["temperature"] == {"minimum": 0, "maximum": 100}
+    for name, bounds in told.items():
+        wrong = [bounds[key] + step for key, step in (("minimum", -1), ("maximum", 1)) if key in bounds]
+        wrong += [bounds["exclusiveMinimum"]] if "exclusiveMinimum" in bounds else []
+        right = [bounds[key] for key in ("minimum", "maximum") if key in bounds and abs(bounds[key]) <= 20]
+        for value in wrong + right:
+            body = {"prompt": "Hi", "max_tokens": 1, "echo": name == "max_tokens", name: value}
+            answer = server.http.post("/v1/completions", json=body)
+            assert answer.status_code == (400 if value in wrong else 200), (name, value, answer.text)
+            assert value in right or answer.json()["error"]["param"] == name
+    assert chat["max_completion_tokens"]["anyOf"][0]["minimum"] == 1
+    assert chat["top_logprobs"]["anyOf"][0] == {"type": "integer", "minimum": 0, "maximum": 20}
+    assert "minimum" not in str(chat["logprobs"]), "true or false"
