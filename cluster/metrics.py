@@ -20,6 +20,8 @@ GAUGES = {
     "free_blocks": "KV blocks that can be allocated, cached ones among them",
     "used_blocks": "KV blocks that running sequences hold",
     "cached_blocks": "KV blocks kept for their prefix only",
+    "shared_blocks": "KV blocks that more than one sequence holds",
+    "saved_blocks": "KV blocks that there would be more of without sharing",
     "kv_utilization": "Slots filled of those in used blocks",
 }
 COUNTERS = {
