@@ -279,6 +279,7 @@ class EngineLoop:
         self._engine.abort(request_id, index)
         live.unfinished.discard(index if index is not None else -1)
         if index is None or not live.unfinished:
+            self._engine.abort(request_id)  # a beam search knows of no single outputs
             self._forget(request_id)
             logger.info("request %s aborted", request_id)
 

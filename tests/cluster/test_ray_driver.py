@@ -48,15 +48,14 @@ def config_of(folder, **changes):
 
 
 def requests_of(count, max_tokens=24):
-    """Greedy and sampled, one and two samples; more than the cache can hold at once."""
-    return [
-        Request.create(
-            f"request{i}",
-            [3 + (7 * i + j) % 190 for j in range(2 + 5 * i)],
-            SamplingParams(temperature=float(i % 2), seed=i, n=1 + i % 2, max_tokens=max_tokens, ignore_eos=True),
-        )
-        for i in range(count)
-    ]
+    """Greedy and sampled, one and two samples, beam searches; more than the cache can hold at once."""
+    requests = []
+    for i in range(count):
+        params = SamplingParams(temperature=float(i % 2), seed=i, n=1 + i % 2, max_tokens=max_tokens, ignore_eos=True)
+        if i % 4 == 3:
+            params = params.replace(use_beam_search=True, best_of=4)
+        requests.append(Request.create(f"request{i}", [3 + (7 * i + j) % 190 for j in range(2 + 5 * i)], params))
+    return requests
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def expected(folder):
 
 
 async def generate(driver, requests, *, disturb=None):
-    """All tokens of `requests`; runs `disturb` once every sample has its first."""
+    """All tokens of `requests`; runs `disturb` once every sample has its first, and no beam search its end."""
     tokens, ended, changed = {}, set(), asyncio.Event()
 
     def on_outputs(outputs):
@@ -95,12 +94,15 @@ async def generate(driver, requests, *, disturb=None):
     for request in requests:
         client.submit(request)
     wanted = sum(request.params.num_sequences for request in requests)
+    beams = {request.request_id for request in requests if request.params.use_beam_search}
+    samples = sum(request.params.num_sequences for request in requests if request.request_id not in beams)
     async with asyncio.timeout(90):
         while len(ended) < wanted:
             await changed.wait()
             changed.clear()
             assert not client.closed
-            if disturb is not None and len(tokens) == wanted:
+            if disturb is not None and len(tokens) >= samples:
+                assert not any(request_id in beams for request_id, _ in tokens)
                 await asyncio.to_thread(disturb)
                 disturb = None
     stats = await client.stats()
