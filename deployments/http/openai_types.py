@@ -21,7 +21,7 @@ class StreamOptions(BaseModel):
 class OpenAIRequest(BaseModel):
     """What every request has. Fields not known here are ignored, and named in a response header."""
 
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), use_attribute_docstrings=True)
 
     model: str | None = None
     user: str | None = None

@@ -188,7 +188,7 @@ async function ask(text) {
   }
   turn.message = { role: "assistant", content: "" };
   const reasons = {};
-  const stats = element("span");
+  const stats = element("p", "stats");
   const begun = performance.now();
   let first = 0;
   let usage = null;
@@ -230,8 +230,9 @@ async function ask(text) {
     if (usage) {
       stats.textContent = `${usage.completion_tokens} tokens, ${(usage.completion_tokens / seconds).toFixed(0)} a second, ` +
         `first after ${first.toFixed(0)} ms`;
-      turn[0].footer.prepend(stats);
+      row.after(stats);
     }
+    if (turn.length > 1) turn[0].node.classList.add("chosen");
     if (turn.some((sample) => sample.text)) {
       turn.message.content = turn[0].text;
       messages.push(turn.message);

@@ -19,11 +19,15 @@ function typeOf(schema) {
 
 function fields(schema) {
   const table = node("table");
+  const titles = node("tr");
+  titles.append(...["field", "type", "default", ""].map((title) => node("th", "", title)));
+  table.append(titles);
   for (const [name, field] of Object.entries(schema.properties || {})) {
     const row = node("tr");
-    row.append(node("td", "", name + ((schema.required || []).includes(name) ? " *" : "")), node("td", "left", typeOf(field)));
+    const needed = (schema.required || []).includes(name);
     const fallback = field.default === undefined || field.default === null ? "" : JSON.stringify(field.default);
-    row.append(node("td", "left", fallback));
+    row.append(node("td", "", name), node("td", "", typeOf(field)), node("td", "", needed ? "required" : fallback));
+    row.append(node("td", "", field.description || ""));
     table.append(row);
   }
   const box = node("div", "scroll");
@@ -34,13 +38,13 @@ function fields(schema) {
 async function main() {
   const response = await fetch("openapi.json");
   const api = await response.json();
-  document.getElementById("version").textContent = api.info.version;
+  document.getElementById("version").textContent = "version " + api.info.version;
   const found = (schema) => (schema.$ref ? api.components.schemas[schema.$ref.split("/").at(-1)] : schema);
   for (const [path, methods] of Object.entries(api.paths)) {
     for (const [method, operation] of Object.entries(methods)) {
       const section = node("details", "panel route");
       const head = node("summary");
-      head.append(node("b", "", method.toUpperCase() + " " + path), " ", node("small", "", operation.summary));
+      head.append(node("b", "method", method.toUpperCase()), node("b", "", path), " ", node("small", "", operation.summary));
       section.append(head);
       const body = operation.requestBody?.content["application/json"].schema;
       if (body) section.append(fields(found(body)));

@@ -10,6 +10,7 @@ let timer = 0;
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const whole = (value) => Math.round(value).toLocaleString("en");
 const share = (part, all) => (all ? Math.round((100 * part) / all) + " %" : "–");
+const bound = (value) => (value < 1 ? Number((value * 1e3).toPrecision(2)) + " ms" : Number(value.toPrecision(2)) + " s");
 const seconds = (value) => (value < 1 ? (value * 1e3).toFixed(value < 0.01 ? 1 : 0) + " ms" : value.toFixed(2) + " s");
 
 function decode(text) {
@@ -73,12 +74,17 @@ function drawBlocks() {
   };
 }
 
+function ceiling(value) {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return power * [1, 2, 4, 6, 8, 10].find((step) => step * power >= value * 0.999);
+}
+
 function drawLines(id, series) {
   const { pen, width, height } = canvas(id);
   const left = 44;
   const bottom = height - 16;
   const now = history.at(-1).time;
-  const top = Math.max(1, ...history.flatMap((entry) => series.map((line) => line.value(entry))));
+  const top = ceiling(Math.max(2, ...history.flatMap((entry) => series.map((line) => line.value(entry)))));
   pen.strokeStyle = css("--line");
   pen.fillStyle = css("--soft");
   pen.textAlign = "right";
@@ -88,12 +94,12 @@ function drawLines(id, series) {
     pen.moveTo(left, y);
     pen.lineTo(width, y);
     pen.stroke();
-    pen.fillText(top < 4 ? (part * top).toFixed(1) : whole(part * top), left - 6, y + 4);
+    pen.fillText(whole(part * top), left - 6, y + 4);
   }
   pen.fillText("now", width, height - 3);
   pen.textAlign = "left";
   pen.fillText("2 min ago", left, height - 3);
-  series.forEach((line, index) => {
+  for (const line of series) {
     pen.strokeStyle = css(line.colour);
     pen.lineWidth = 2;
     pen.beginPath();
@@ -105,9 +111,7 @@ function drawLines(id, series) {
     });
     pen.stroke();
     pen.lineWidth = 1;
-    pen.fillStyle = css(line.colour);
-    pen.fillText(line.name, left + 8 + index * 90, 14);
-  });
+  }
 }
 
 function drawHistogram(id, histogram) {
@@ -125,14 +129,20 @@ function drawHistogram(id, histogram) {
   const to = Math.min(histogram.counts.length - 1, last + 1);
   const top = Math.max(...histogram.counts);
   const step = width / (to - from + 1);
+  const label = (text, x, y) => {
+    const half = pen.measureText(text).width / 2;
+    pen.fillText(text, Math.min(Math.max(x, half), width - half), y);
+  };
   for (let k = from; k <= to; k++) {
     const size = (histogram.counts[k] / top) * (height - 40);
     pen.fillStyle = css("--owned");
     pen.fillRect((k - from) * step + 2, height - 18 - size, step - 4, size);
     pen.fillStyle = css("--soft");
-    if (histogram.counts[k] / total >= 0.005) pen.fillText(share(histogram.counts[k], total), (k - from + 0.5) * step, height - 22 - size);
-    const bound = histogram.bounds[k];
-    if ((k - from) % Math.ceil(58 / step) === 0) pen.fillText(bound === undefined ? "more" : "≤ " + seconds(bound), (k - from + 0.5) * step, height - 4);
+    const middle = (k - from + 0.5) * step;
+    const part = Math.round((100 * histogram.counts[k]) / total) + "%";
+    if (histogram.counts[k] / total >= 0.005 && pen.measureText(part).width < step) label(part, middle, height - 22 - size);
+    const edge = histogram.bounds[k] === undefined ? "more" : "≤ " + bound(histogram.bounds[k]);
+    if ((k - from) % Math.ceil(62 / step) === 0) label(edge, middle, height - 4);
   }
 }
 
@@ -140,9 +150,9 @@ function drawTiles() {
   const now = history.at(-1);
   const c = state.counters;
   const tiles = [
-    ["running", `${state.running} / ${state.max_num_seqs}`], ["waiting", whole(state.waiting)], ["tokens a second", whole(now.generated)],
-    ["prompt tokens a second", whole(now.prompt)], ["KV in use", share(state.blocks.used, state.blocks.total)],
-    ["prefix cache hits", share(c.prefix_hit_tokens, c.prefix_query_tokens)], ["blocks saved by sharing", whole(state.blocks.saved)],
+    ["running", `${state.running} / ${state.max_num_seqs}`], ["waiting", whole(state.waiting)], ["tokens / s", whole(now.generated)],
+    ["prompt tokens / s", whole(now.prompt)], ["KV in use", share(state.blocks.used, state.blocks.total)],
+    ["prefix cache hits", share(c.prefix_hit_tokens, c.prefix_query_tokens)], ["blocks saved", whole(state.blocks.saved)],
     ["step", seconds(state.step_s)], ["preemptions", whole(c.preemptions)], ["recoveries", whole(c.recoveries)],
   ];
   at("tiles").replaceChildren(
@@ -198,12 +208,12 @@ function draw() {
   drawTiles();
   drawBlocks();
   drawLines("batch", [
-    { name: "running", colour: "--owned", value: (entry) => entry.running },
-    { name: "waiting", colour: "--shared", value: (entry) => entry.waiting },
+    { colour: "--owned", value: (entry) => entry.running },
+    { colour: "--shared", value: (entry) => entry.waiting },
   ]);
   drawLines("rate", [
-    { name: "generated", colour: "--owned", value: (entry) => entry.generated },
-    { name: "prompt", colour: "--cached", value: (entry) => entry.prompt },
+    { colour: "--owned", value: (entry) => entry.generated },
+    { colour: "--cached", value: (entry) => entry.prompt },
   ]);
   drawHistogram("ttft", state.ttft);
   drawHistogram("gap", state.gap);

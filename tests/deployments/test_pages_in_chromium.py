@@ -89,7 +89,7 @@ def test_an_answer_streams(open_page):
     ask(page, LONG)
     assert answers(page)[0].startswith("1, 2, 3, 4")
     assert page.evaluate("window.lengths.size") > 5, "the answer did not grow by pieces"
-    assert "tokens" in page.locator(".sample footer").inner_text()
+    assert "tokens" in page.locator(".stats").inner_text()
 
 
 def test_stop_button_and_escape_end_the_request(open_page, server):
@@ -188,8 +188,21 @@ def test_dark_on_a_phone(open_page, path):
     else:
         page.wait_for_selector(".tile" if path == "/engine" else ".route")
     assert no_sideways_scroll(page)
+    inside = page.evaluate(
+        "[...document.querySelectorAll('header *')].every(e => e.getBoundingClientRect().right <= 390)"
+    )
+    assert inside, "the header fits"
     dark, light = lightness(page), lightness(open_page(path, color_scheme="light"))
     assert dark < 60 < 200 < light
+
+
+@pytest.mark.parametrize("path", ["/", "/engine", "/docs"])
+def test_every_page_leads_to_the_others(open_page, path):
+    page = open_page(path)
+    for name, title in (("Engine", "Manta engine"), ("API", "Manta API"), ("Chat", "Manta")):
+        page.click(f"nav >> text={name}")
+        expect(page).to_have_title(title)
+        assert page.locator("nav [aria-current]").inner_text() == name
 
 
 def lightness(page) -> float:
@@ -236,6 +249,7 @@ def test_docs_page_lists_every_route(open_page, server):
     page.wait_for_selector(".route")
     api = httpx.get(f"{server.url}/openapi.json").json()
     assert page.locator(".route").count() == sum(len(methods) for methods in api["paths"].values())
-    chat = page.locator(".route", has_text="POST /v1/chat/completions")
+    chat = page.locator(".route", has_text="/v1/chat/completions")
     chat.locator("summary").click()
-    assert "messages *" in chat.locator("table").inner_text()
+    assert re.search(r"messages\s+object\[\]\s+required", chat.locator("table").inner_text())
+    assert "the tenant, for fair shares" in chat.locator("table").inner_text()
