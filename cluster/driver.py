@@ -46,6 +46,7 @@ from engine.llm_engine import LLMEngine
 from engine.model_config import ModelConfig, resolve
 from engine.picture import picture
 from engine.request import SequenceOutput
+from engine.worker.preparation import Preparation
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,9 @@ class MantaDriver:
             on_trouble=self._look,
             on_wait=self._waits,
             first_step_s=policy.first_step_s,
+            with_spares=True,
+            # The ranks of a group that outlives the driver do so too.
+            driver=ray.get_runtime_context().get_actor_name() if group is not None else "",
             **options,
         )
         self._driver = Driver(
@@ -301,6 +305,7 @@ def start_driver(
     if model_config is None:
         model_config = ModelConfig.load(config)
     config = resolve(config, model_config)
+    Preparation(config, model_config).begin()  # while processes come up
     full_name = f"manta:{name}:driver"
     strategy: Any = "DEFAULT"
     if placement_group is not None:

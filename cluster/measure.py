@@ -56,8 +56,11 @@ class IdleWorker:
 class IdleRank(MantaWorker):
     """A rank without a model."""
 
-    def _load(self, meeting: str, timeout_s: float) -> RankWorker:  # noqa: ARG002
-        return IdleWorker(self._rank)
+    def _import_ahead(self) -> None:
+        pass
+
+    def _load(self, rank: int, meeting: str, timeout_s: float) -> RankWorker:  # noqa: ARG002
+        return IdleWorker(rank)
 
 
 class DispatchTimes(msgspec.Struct, frozen=True):

@@ -60,6 +60,11 @@ class Placement:
     def strategy(self, rank: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self.group, self.first_rank_bundle + rank)
 
+    def rank_nodes(self, size: int) -> list[str]:
+        """The node of each of `size` ranks, by its id."""
+        nodes = ray.util.placement_group_table(self.group)["bundles_to_node_id"]
+        return [nodes[self.first_rank_bundle + rank] for rank in range(size)]
+
     def release(self) -> None:
         if self.owned:
             remove_placement_group(self.group)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import ray
 
+from cluster.adoption import take_over
 from cluster.framing import Ticket
-from cluster.placement import Placement, rank_bundle, shortage, wait_for
+from cluster.placement import Bundle, Placement, rank_bundle, shortage, wait_for
 from cluster.processes import end_process, process_state
 from cluster.rank_loop import Progress
 from cluster.recovery import RETRY_AFTER_S
-from cluster.worker_actor import MantaWorker, RankFacts, actor_class, environment
+from cluster.spares import Spares
+from cluster.worker_actor import MantaWorker, RankFacts, actor_class, environment, purpose_of, spare_class
 from engine.config import EngineConfig
 from engine.errors import ExecutorDied, MantaError, ResourcesMissing
 from engine.executor import CacheCapacity
@@ -38,6 +41,8 @@ class Rank(msgspec.Struct):
     """One worker actor."""
 
     actor: Any
+    told: Any = None
+    """Its call of `facts`, until it is read."""
     facts: RankFacts | None = None
     capacity: CacheCapacity | None = None
     """What its cache holds, once it is allocated."""
@@ -51,7 +56,10 @@ class Rank(msgspec.Struct):
 
 
 class RankGroup:
-    """One actor a rank, in its places. `bring_up` starts those that are missing."""
+    """One actor a rank, in its places. `bring_up` starts those that are missing.
+
+    With the name of a `driver`, in whose process this is, the actors outlive it for a while: see `adopt`.
+    """
 
     def __init__(
         self,
@@ -64,14 +72,23 @@ class RankGroup:
         resources_timeout_s: float = 600.0,
         load_timeout_s: float = 3600.0,
         on_wait: Callable[[str], None] = lambda _: None,
+        driver: str = "",
+        with_spares: bool = False,
     ) -> None:
         self.name = name
         self._config, self._model_config, self._placement = config, model_config, placement
         self._node_id = ray.get_runtime_context().get_node_id()
-        self._actor_class = actor_class(worker_class)
+        self._actor_class, self._spare_class = actor_class(worker_class), spare_class(worker_class)
+        self._driver = driver
         self._resources_timeout_s, self._load_timeout_s = resources_timeout_s, load_timeout_s
         self._on_wait = on_wait
         self._ranks: list[Rank | None] = [None] * config.tensor_parallel_size
+        self._places: list[RankFacts | None] = [None] * config.tensor_parallel_size
+        """Where each rank was last."""
+        self._together = False
+        """The ranks that are there are all, and their group is whole."""
+        self._spares = Spares(self._start_spare)
+        self._with_spares = with_spares
 
     @property
     def ranks(self) -> list[Rank]:
@@ -91,6 +108,22 @@ class RankGroup:
 
     # Up
 
+    def adopt(self) -> None:
+        """Take over what a driver of this engine left that died, so that `bring_up` starts only what is missing."""
+        legacy = take_over(
+            self.name,
+            len(self._ranks),
+            purpose_of(self._config, self._model_config),
+            self._driver,
+            can_rejoin=self._config.device == "cpu",
+        )
+        for index, found in enumerate(legacy.ranks):
+            if found is not None:
+                self._ranks[index] = Rank(found.actor, facts=found.state.facts, capacity=found.state.capacity)
+        for found in legacy.spares:
+            self._spares.adopt(found.actor, found.state.facts.node_id)
+        self._together = legacy.together
+
     def bring_up(self) -> CacheCapacity:
         """Start the missing ranks, let all meet, and load the new ones; what each of them can hold.
 
@@ -102,19 +135,13 @@ class RankGroup:
             self._placement.group, name=self.name, timeout_s=self._resources_timeout_s, tell=self._on_wait
         )
         kept = [rank for rank in self._ranks if rank is not None]
-        for index, rank in enumerate(self._ranks):
-            if rank is None:
-                self._ranks[index] = self._spawn(index)
+        self._start_missing()
         ranks = self.ranks
-        new = [rank for rank in ranks if rank.facts is None]
-        self._find(new)
-        meeting = self._meeting()
-        calls = [
-            (rank, (rank.actor.load if rank.capacity is None else rank.actor.rejoin).remote(meeting, MEET_TIMEOUT_S))
-            for rank in ranks
-        ]
-        measured = self._gather("loading", calls)
-        capacity = least([rank.capacity or found for rank, found in zip(ranks, measured)])
+        self._find([rank for rank in ranks if rank.facts is None])
+        self._places = [rank.facts for rank in ranks]
+        measured = [None] * len(ranks) if self._together else self._meet(ranks)
+        self._together = False
+        capacity = least([held for rank, found in zip(ranks, measured) if (held := found or rank.capacity)])
         changed = [rank for rank in ranks if rank.capacity != capacity]
         self._gather("allocating", [(rank, rank.actor.allocate.remote(capacity)) for rank in changed])
         for rank in changed:
@@ -130,17 +157,28 @@ class RankGroup:
         )
         return capacity
 
+    def _meet(self, ranks: list[Rank]) -> list[Any]:
+        """Let all meet, and the new ones load: what these measured, None for the others."""
+        meeting = self._meeting()
+        calls = [
+            (rank, (rank.actor.load if rank.capacity is None else rank.actor.rejoin).remote(meeting, MEET_TIMEOUT_S))
+            for rank in ranks
+        ]
+        return self._gather("loading", calls)
+
     def open_loops(self, tickets: list[Ticket | None]) -> None:
-        """Start every rank's loop."""
-        for rank, ticket in zip(self.ranks, tickets):
-            rank.loop = rank.actor.run_loop.remote(ticket)
+        """Start every rank's loop, and then the spares that are missing."""
+        for index, (rank, ticket) in enumerate(zip(self.ranks, tickets)):
+            rank.loop = rank.actor.run_loop.options(name=f"{self.name}:rank{index}").remote(ticket)
+        if self._with_spares:
+            self._spares.refill(spares_wanted(self._config, [facts.node_id for facts in self.facts]))
 
     def _find(self, new: list[Rank]) -> None:
         """Wait until the new ranks have processes, and note where; that a node is lost may show only now."""
         began_s, group = time.monotonic(), self._placement.group
-        refs = [rank.actor.facts.remote() for rank in new]
+        refs = [rank.told for rank in new]
         told = False
-        while len(ray.wait(refs, num_returns=len(refs), timeout=1.0)[0]) < len(refs):
+        while refs and len(ray.wait(refs, num_returns=len(refs), timeout=1.0)[0]) < len(refs):
             waited_s = time.monotonic() - began_s
             if waited_s >= self._resources_timeout_s:
                 missing = f"waiting for resources: {shortage(group)}"
@@ -156,18 +194,38 @@ class RankGroup:
         for rank, facts in zip(new, self._gather("starting", list(zip(new, refs)))):
             rank.facts = facts
 
-    def _spawn(self, index: int) -> Rank:
-        resources, name = rank_bundle(self._config), f"{self.name}:rank{index}"
-        return Rank(
-            self._actor_class.options(
-                name=free_name(name),
-                num_cpus=resources["CPU"],
-                num_gpus=resources.get("GPU", 0),
-                scheduling_strategy=self._placement.strategy(index),
-                runtime_env={"env_vars": environment(self._config)},
-                max_restarts=0,
-            ).remote(name, self._config, self._model_config, index)
-        )
+    def _start_missing(self) -> None:
+        """Give every rank a process: a spare of its node where there is one, else a new one."""
+        nodes: list[str] = []
+        for index, rank in enumerate(self._ranks):
+            if rank is not None:
+                continue
+            place, name = self._places[index], f"{self.name}:rank{index}"
+            nodes = nodes or self._placement.rank_nodes(len(self._ranks))
+            # On a GPU, a spare needs the one that its predecessor had.
+            if place is not None and place.node_id == nodes[index]:
+                spare = self._spares.take(place.node_id, index, name, place.gpu_ids)
+                if spare is not None:
+                    self._ranks[index] = Rank(spare[0], facts=spare[1])
+                    continue
+            actor = self._start(self._actor_class, name, index, rank_bundle(self._config), index)
+            self._ranks[index] = Rank(actor, told=actor.facts.remote())
+
+    def _start_spare(self, node_id: str) -> Any:
+        place = [facts.node_id for facts in self.facts].index(node_id)
+        return self._start(self._spare_class, f"{self.name}:spare", None, {"CPU": 0.0}, place)
+
+    def _start(self, actor_class: Any, name: str, rank: int | None, resources: Bundle, place: int) -> Any:
+        """A process in the place of a rank."""
+        return actor_class.options(
+            name=free_name(name),
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            scheduling_strategy=self._placement.strategy(place),
+            runtime_env={"env_vars": environment(self._config)},
+            max_restarts=0,
+            lifetime="detached" if self._driver else None,
+        ).remote(name, self._config, self._model_config, rank, self._driver)
 
     def _meeting(self) -> str:
         """Where the ranks meet: served by rank 0, on loopback when all are on one node."""
@@ -246,6 +304,7 @@ class RankGroup:
         fails when a peer is gone. A GPU that waits for a dead peer cannot be called back. Where no rank is found at
         fault, all are replaced.
         """
+        self._together = False
         for index in failed:
             self._end(index, 0.0)
         kept = self._survivors() if keep and self._config.device == "cpu" else []
@@ -275,6 +334,7 @@ class RankGroup:
         for index, rank in enumerate(self._ranks):
             if rank is not None:
                 self._end(index, 1.0)
+        self._spares.end()
 
     def _end(self, index: int, patience_s: float) -> None:
         rank, self._ranks[index] = self._ranks[index], None
@@ -284,6 +344,13 @@ class RankGroup:
             ray.kill(rank.actor)
         if rank.facts is not None and rank.facts.node_id == self._node_id:
             end_process(rank.facts.pid, patience_s)
+
+
+def spares_wanted(config: EngineConfig, nodes: list[str]) -> dict[str, int]:
+    """How many spares each node gets, given the nodes of the ranks."""
+    wanted = config.warm_spares
+    replaced = Counter(nodes if config.device == "cuda" else set(nodes))
+    return {node_id: count if wanted is None else wanted for node_id, count in replaced.items()}
 
 
 def least(capacities: list[CacheCapacity]) -> CacheCapacity:

@@ -95,6 +95,9 @@ class RankLoop:
         self._done = 0
         self._since_s = 0.0
         self._faulty = threading.Event()
+        self._unheard = False
+        self.at: tuple[int, int] | None = None
+        """(epoch, step) of the next plan, once the loop is over and every plan before it is done."""
 
     @property
     def progress(self) -> Progress:
@@ -132,7 +135,7 @@ class RankLoop:
         reason = "the link was closed"
         epoch, step = None, 0
         try:
-            while not self._faulty.is_set() and (payload := self._link.receive()) is not None:
+            while not self._faulty.is_set() and (payload := self._receive()) is not None:
                 plan = decode_plan(payload)
                 if epoch is None:
                     self._worker.reset(plan.epoch)
@@ -150,22 +153,31 @@ class RankLoop:
                     self._finish(pending)  # no device to wait for: spare the other thread
                 else:
                     self._running.put((plan.step, pending))
-        except OSError as error:
-            reason = f"the driver is gone: {error}"
+        except _LinkClosed as error:
+            reason = str(error)
         except Exception as error:
             reason = self._fail(step - 1, error)
         self._running.put(None)
         if not self._faulty.is_set():
             answerer.join()
+        if not self._faulty.is_set() and self._submitted == self._done:
+            self.at = (epoch or 0, step)
         return reason
+
+    def _receive(self) -> bytes | None:
+        try:
+            return self._link.receive()
+        except OSError as error:
+            logger.warning("rank %d: the driver is gone: %s", self._rank, error)
+            return None
 
     def _await_masks(self) -> StepMasks:
         """The masks of the plan just received: they come behind it, before any other plan."""
         self._awaiting = True
-        payload = self._link.receive()
+        payload = self._receive()
         self._awaiting = False
         if payload is None:
-            raise ConnectionError("the link was closed before the step's masks came")
+            raise _LinkClosed("the link was closed before the step's masks came")
         return decode_masks(payload)
 
     def _answer(self) -> None:
@@ -174,8 +186,6 @@ class RankLoop:
             step, pending = item
             try:
                 self._finish(pending)
-            except OSError:
-                return  # the driver is gone; the receiving thread sees it too
             except Exception as error:
                 self._fail(step, error)
                 return
@@ -184,8 +194,14 @@ class RankLoop:
         result = pending.wait()
         self._done += 1
         self._since_s = time.monotonic()
-        if result is not None:
+        if result is None or self._unheard:
+            return
+        try:
             self._link.send(RESULT + encode(result))
+        except OSError as error:
+            # The other ranks run what the driver sent before it went, and wait for this one in their collectives.
+            logger.warning("rank %d: nobody hears its answers: %s", self._rank, error)
+            self._unheard = True
 
     def _fail(self, step: int, error: Exception) -> str:
         self._faulty.set()
@@ -207,6 +223,10 @@ class RankLoop:
             logger.debug("rank %d: request %s is sequence %d", self._rank, sequence.request_id, sequence.seq_id)
         for seq_id in unpack(plan.dropped).tolist():
             logger.debug("rank %d: sequence %d dropped", self._rank, seq_id)
+
+
+class _LinkClosed(Exception):
+    """The driver left in the middle of a step."""
 
 
 def decode_fault(payload: bytes) -> RankFault:

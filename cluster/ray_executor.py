@@ -50,8 +50,10 @@ class RayExecutor:
     Where Ray is not initialised yet, it is (see start_ray). The actors live in `placement_group` (laid out as
     placement.bundles says), or in a group of their own. `on_trouble` is called, on some thread, when a rank is lost:
     ask `check` then. `on_wait` is called by the thread that starts or restarts, about once a second while resources
-    are missing: what it raises ends the wait. `first_step_s` is what a step may take that compiles kernels. `config` is
-    resolved.
+    are missing: what it raises ends the wait. `first_step_s` is what a step may take that compiles kernels.
+
+    With the name of a `driver`, this process's, the actors outlive it, and those that an earlier one left are used.
+    `with_spares`: processes wait to replace ranks that die, see config.warm_spares. `config` is resolved.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class RayExecutor:
         resources_timeout_s: float = 600.0,
         load_timeout_s: float = 3600.0,
         first_step_s: float = 300.0,
+        driver: str = "",
+        with_spares: bool = False,
         worker_class: type[MantaWorker] = MantaWorker,
     ) -> None:
         self._config, self._model_config = config, model_config
@@ -74,6 +78,7 @@ class RayExecutor:
         self._on_trouble, self._on_wait = on_trouble, on_wait
         self._resources_timeout_s, self._load_timeout_s = resources_timeout_s, load_timeout_s
         self._worker_class = worker_class
+        self._driver, self._with_spares = driver, with_spares
         self._owns_ray = False
         self._placement: Placement | None = None
         self._group: RankGroup | None = None
@@ -109,7 +114,11 @@ class RayExecutor:
                 resources_timeout_s=self._resources_timeout_s,
                 load_timeout_s=self._load_timeout_s,
                 on_wait=self._on_wait,
+                driver=self._driver,
+                with_spares=self._with_spares,
             )
+            if self._driver:
+                self._group.adopt()
             return self._bring_up()
         except BaseException:
             self.shutdown()

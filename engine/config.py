@@ -44,6 +44,9 @@ class EngineConfig(BaseModel):
     tensor_parallel_size: int = Field(1, ge=1)
     step_channel: Literal["socket", "actor"] = "socket"
     """How step plans reach the ranks: sockets, or plain actor calls."""
+    warm_spares: int | None = Field(None, ge=0)
+    """Processes a node that have imported everything and wait to replace ranks; they hold no GPU memory. None: as many
+    as one failure replaces, one on CPUs and all of a node's ranks on GPUs."""
 
     # Cache
     block_size: Literal[8, 16, 32, 64, 128] = 16

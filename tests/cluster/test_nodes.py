@@ -33,7 +33,8 @@ pytestmark = pytest.mark.ray
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     make_checkpoint(folder)
-    return EngineConfig(model=str(folder), device="cpu", dtype="float32", num_blocks=200, tensor_parallel_size=2)
+    settings = {"device": "cpu", "dtype": "float32", "num_blocks": 200, "tensor_parallel_size": 2, "warm_spares": 0}
+    return EngineConfig(model=str(folder), **settings)
 
 
 @pytest.fixture(scope="module")

@@ -55,11 +55,9 @@ class HangsInside:
 
 
 class MeetingRank(IdleRank):
-    def _load(self, meeting, timeout_s):
-        from engine.parallel.group import connect
-
-        self._peers = Peers(HangsInside(connect(self._rank, 2, meeting, "cpu", timeout_s)))
-        return MeetingWorker(self._rank, self._peers)
+    def _load(self, rank, meeting, timeout_s):
+        self._peers = Peers(HangsInside(self._connect(rank, meeting, timeout_s)))
+        return MeetingWorker(rank, self._peers)
 
 
 @pytest.fixture(scope="module", autouse=True)

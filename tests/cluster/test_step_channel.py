@@ -52,8 +52,8 @@ class OddWorker(IdleWorker):
 
 
 class OddRank(IdleRank):
-    def _load(self, meeting, timeout_s):  # noqa: ARG002
-        return OddWorker(self._rank)
+    def _load(self, rank, meeting, timeout_s):  # noqa: ARG002
+        return OddWorker(rank)
 
 
 def plan_of(ids, epoch=0, step=0):
