@@ -1,0 +1,211 @@
+"""Faults of the ranks under 32 streams, greedy and sampled, one sample and two: no token changes, no block leaks."""
+
+import asyncio
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.driver import Driver
+from cluster.driver_client import DriverClient
+from cluster.messages import error_of
+from cluster.ray_executor import RayExecutor
+from cluster.recovery import RecoveryPolicy
+from cluster.worker_actor import MantaWorker
+from engine.config import EngineConfig
+from engine.errors import RequestFailed
+from engine.llm_engine import LLMEngine
+from engine.local_executor import LocalExecutor
+from engine.model_config import ModelConfig, resolve
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from tests.checkpoints import make_checkpoint
+
+pytestmark = pytest.mark.ray
+
+
+class FaultyWorker:
+    """Does in a step what a file beside the model says, once; and dies of every request called poison."""
+
+    def __init__(self, worker, rank):
+        self._worker, self._rank = worker, rank
+        self._order = Path(worker._model_config.folder) / f"fault{rank}"
+
+    def submit(self, plan, masks=None):
+        if self._order.exists():
+            fault = self._order.read_text()
+            self._order.unlink()
+            if fault == "raise":
+                raise RuntimeError("a step that cannot be")
+            threading.Event().wait()
+        if self._rank == 1 and any(new.request_id == "poison" for new in plan.new):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._worker.submit(plan, masks)
+
+    def __getattr__(self, name):
+        return getattr(self._worker, name)
+
+
+class FaultyRank(MantaWorker):
+    def _load(self, rank, meeting, timeout_s):
+        return FaultyWorker(super()._load(rank, meeting, timeout_s), rank)
+
+
+def requests_of(max_tokens=60):
+    """24 requests of 32 samples; more than the cache can hold at once."""
+    return [
+        Request.create(
+            f"request{i}",
+            [3 + (7 * i + j) % 190 for j in range(2 + 2 * i)],
+            SamplingParams(
+                temperature=float(i % 2), seed=i, n=1 + (i % 3 == 2), max_tokens=max_tokens, ignore_eos=True
+            ),
+        )
+        for i in range(24)
+    ]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_checkpoint(folder)
+    settings = {"device": "cpu", "dtype": "float32", "num_blocks": 120, "max_num_seqs": 24}
+    return EngineConfig(model=str(folder), tensor_parallel_size=2, **settings)
+
+
+@pytest.fixture(scope="module")
+def expected(config):
+    """The tokens of an undisturbed run in this process."""
+    alone = config.replace(tensor_parallel_size=1)
+    model_config = ModelConfig.load(alone)
+    alone = resolve(alone, model_config)
+    executor = LocalExecutor(alone, model_config)
+    engine = LLMEngine(alone, executor, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
+    engine.start()
+    tokens = {}
+    for request in requests_of():
+        engine.add_request(request)
+    while engine.has_unfinished:
+        for output in engine.step():
+            tokens.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+    engine.shutdown()
+    assert len(tokens) == 32
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def served(config):
+    """A driver in this process over two ranks, and its executor."""
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    model_config = ModelConfig.load(config)
+    resolved = resolve(config, model_config)
+    loop = []
+    executor = RayExecutor(
+        resolved,
+        model_config,
+        name="manta:faults",
+        worker_class=FaultyRank,
+        with_spares=True,
+        on_trouble=lambda: loop[0].look(),
+    )
+    driver = Driver(
+        "faults",
+        resolved,
+        executor,
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=model_config.eos_token_ids,
+        policy=RecoveryPolicy(max_failures=100),
+    )
+    loop.append(driver.loop)
+    driver.start()
+    yield driver, executor
+    driver.stop()
+    ray.shutdown()
+
+
+class Faults:
+    """What can happen to the ranks."""
+
+    def __init__(self, served, config):
+        self.driver, self._executor = served
+        self._folder = Path(config.model)
+
+    def kill(self, *ranks, number=signal.SIGKILL):
+        for pid in [facts.pid for rank, facts in enumerate(self._executor.rank_facts) if rank in ranks]:
+            os.kill(pid, number)
+
+    def order(self, rank, fault):
+        (self._folder / f"fault{rank}").write_text(fault)
+
+    def kill_again_in_the_recovery(self):
+        self.kill(0)
+        while self.driver.loop.health().state != "recovering":
+            pass
+        self.kill(1)
+
+
+FAULTS = {
+    "rank 0 killed": lambda faults: faults.kill(0),
+    "rank 1 killed": lambda faults: faults.kill(1),
+    "two at once": lambda faults: faults.kill(0, 1),
+    "again in the recovery": lambda faults: faults.kill_again_in_the_recovery(),
+    "raises": lambda faults: faults.order(1, "raise"),
+    "hangs before a collective": lambda faults: faults.order(0, "hang"),
+    "stopped": lambda faults: faults.kill(1, number=signal.SIGSTOP),
+    "poison": None,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_token_changes(served, config, expected, fault):
+    driver, _ = served
+
+    async def main():
+        tokens, ended, errors, changed = {}, set(), {}, asyncio.Event()
+
+        def on_outputs(outputs):
+            for output in outputs:
+                key = (output.request_id, output.index)
+                assert key not in ended, "output after the end"
+                tokens.setdefault(key, []).extend(output.token_ids)
+                if output.finish_reason is not None:
+                    ended.add(key)
+                if output.error is not None:
+                    errors[key] = error_of(output)
+            changed.set()
+
+        client = await DriverClient.connect(driver.ticket, on_outputs=on_outputs)
+        before = (await client.stats())["recoveries"]
+        for request in requests_of():
+            client.submit(request)
+        disturb, wanted = FAULTS[fault], 32
+        if disturb is None:
+            client.submit(Request.create("poison", [5, 6, 7], SamplingParams(n=2, max_tokens=20)))
+            wanted += 2
+        async with asyncio.timeout(100):
+            while len(ended) < wanted:
+                await changed.wait()
+                changed.clear()
+                if disturb is not None and len(tokens) > 20:
+                    await asyncio.to_thread(disturb, Faults(served, config))
+                    disturb = None
+        stats = await client.stats()
+        await client.close()
+        assert disturb is None or fault == "poison"
+        assert {key: tokens[key] for key in expected} == expected
+        assert stats["recoveries"] > before
+        assert (stats["running"], stats["waiting"], stats["used_blocks"]) == (0, 0, 0)
+        assert driver.loop.health().ready
+        return errors, stats["recoveries"] - before
+
+    errors, recoveries = asyncio.run(main())
+    if fault == "poison":
+        assert set(errors) == {("poison", 0), ("poison", 1)}
+        assert all(type(error) is RequestFailed and error.http_status == 500 for error in errors.values())
+        assert "failed 3 times while it ran this request" in str(errors["poison", 0])
+        assert recoveries == 3
+    else:
+        assert not errors
