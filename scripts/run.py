@@ -24,8 +24,10 @@ from typing import Any
 import psutil
 import yaml
 
-from deployments.config import IMPORT_PATH, REPOSITORY, check_file, parse_overrides
+from deployments.config import IMPORT_PATH, REPOSITORY, check_file, parse_overrides, read_args
 from engine.errors import MantaError
+from engine.model_config import ModelConfig, resolve
+from engine.worker.preparation import Preparation
 
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 60.0
@@ -283,6 +285,15 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def prepare(content: dict[str, Any]) -> None:
+    """Let GPU kernels be compiled while Ray and Serve start."""
+    for application in content["applications"]:
+        if application["import_path"] == IMPORT_PATH:
+            config = read_args(application["args"]).engine
+            model_config = ModelConfig.load(config)
+            Preparation(resolve(config, model_config), model_config).begin()
+
+
 def main(arguments: list[str]) -> int:
     """Serve until interrupted; 0 after Ctrl-C, 1 when the application fails, 2 for a bad configuration."""
     path = arguments.pop(0) if arguments and "=" not in arguments[0] else "configs/tiny.yaml"
@@ -292,6 +303,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     _take_signals()
+    prepare(content)
     folder = Path(tempfile.mkdtemp(prefix="manta-", dir=_SHORT_TMP))
     written = folder / Path(path).name
     written.write_text(yaml.safe_dump(content, sort_keys=False))
