@@ -291,7 +291,6 @@ def start_driver(
     name: str,
     placement_group: PlacementGroup | None = None,
     policy: RecoveryPolicy | None = None,
-    resources_timeout_s: float = 600.0,
     timeout_s: float = 3600.0,
 ) -> Any:
     """Start a driver actor with its ranks and wait until it serves; returns the actor's handle.
@@ -309,7 +308,7 @@ def start_driver(
     full_name = f"manta:{name}:driver"
     strategy: Any = "DEFAULT"
     if placement_group is not None:
-        wait_for(placement_group, name=full_name, timeout_s=resources_timeout_s)
+        wait_for(placement_group, name=full_name, timeout_s=config.resources_timeout_s)
         strategy = PlacementGroupSchedulingStrategy(placement_group, 0)
     actor = ray.remote(concurrency_groups={CONTROL: 4})(MantaDriver)
     driver = actor.options(
@@ -323,7 +322,7 @@ def start_driver(
         config,
         model_config,
         placement_group,
-        {"policy": policy, "resources_timeout_s": resources_timeout_s, "load_timeout_s": timeout_s},
+        {"policy": policy, "load_timeout_s": timeout_s},
     )
     try:
         _wait_started(driver, full_name, timeout_s, placement_group)

@@ -69,7 +69,6 @@ class RankGroup:
         placement: Placement,
         *,
         worker_class: type[MantaWorker] = MantaWorker,
-        resources_timeout_s: float = 600.0,
         load_timeout_s: float = 3600.0,
         on_wait: Callable[[str], None] = lambda _: None,
         driver: str = "",
@@ -80,7 +79,7 @@ class RankGroup:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._actor_class, self._spare_class = actor_class(worker_class), spare_class(worker_class)
         self._driver = driver
-        self._resources_timeout_s, self._load_timeout_s = resources_timeout_s, load_timeout_s
+        self._load_timeout_s = load_timeout_s
         self._on_wait = on_wait
         self._ranks: list[Rank | None] = [None] * config.tensor_parallel_size
         self._places: list[RankFacts | None] = [None] * config.tensor_parallel_size
@@ -132,7 +131,7 @@ class RankGroup:
         """
         began_s = time.monotonic()
         wait_for(  # a node may be gone
-            self._placement.group, name=self.name, timeout_s=self._resources_timeout_s, tell=self._on_wait
+            self._placement.group, name=self.name, timeout_s=self._config.resources_timeout_s, tell=self._on_wait
         )
         kept = [rank for rank in self._ranks if rank is not None]
         self._start_missing()
@@ -180,7 +179,7 @@ class RankGroup:
         told = False
         while refs and len(ray.wait(refs, num_returns=len(refs), timeout=1.0)[0]) < len(refs):
             waited_s = time.monotonic() - began_s
-            if waited_s >= self._resources_timeout_s:
+            if waited_s >= self._config.resources_timeout_s:
                 missing = f"waiting for resources: {shortage(group)}"
                 raise ResourcesMissing(f"{self.name}: {missing} ({waited_s:.0f} s)", retry_after_s=RETRY_AFTER_S)
             # A process takes a moment to start even where there is room.

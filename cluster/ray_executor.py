@@ -65,7 +65,6 @@ class RayExecutor:
         name: str | None = None,
         on_trouble: Callable[[], None] = lambda: None,
         on_wait: Callable[[str], None] = lambda _: None,
-        resources_timeout_s: float = 600.0,
         load_timeout_s: float = 3600.0,
         first_step_s: float = 300.0,
         driver: str = "",
@@ -76,7 +75,7 @@ class RayExecutor:
         self._given_group = placement_group
         self.name = name or f"manta:{Path(model_config.folder).name}"
         self._on_trouble, self._on_wait = on_trouble, on_wait
-        self._resources_timeout_s, self._load_timeout_s = resources_timeout_s, load_timeout_s
+        self._load_timeout_s = load_timeout_s
         self._worker_class = worker_class
         self._driver, self._with_spares = driver, with_spares
         self._owns_ray = False
@@ -103,7 +102,7 @@ class RayExecutor:
             self._owns_ray = True
         try:
             self._placement = place(
-                self._config, self._given_group, name=self.name, timeout_s=self._resources_timeout_s
+                self._config, self._given_group, name=self.name, timeout_s=self._config.resources_timeout_s
             )
             self._group = RankGroup(
                 self.name,
@@ -111,7 +110,6 @@ class RayExecutor:
                 self._model_config,
                 self._placement,
                 worker_class=self._worker_class,
-                resources_timeout_s=self._resources_timeout_s,
                 load_timeout_s=self._load_timeout_s,
                 on_wait=self._on_wait,
                 driver=self._driver,

@@ -47,6 +47,8 @@ class EngineConfig(BaseModel):
     warm_spares: int | None = Field(None, ge=0)
     """Processes a node that have imported everything and wait to replace ranks; they hold no GPU memory. None: as many
     as one failure replaces, one on CPUs and all of a node's ranks on GPUs."""
+    resources_timeout_s: float = Field(600.0, gt=0)
+    """How long a start, or the engine's return after a node was lost, waits for what the cluster lacks."""
 
     # Cache
     block_size: Literal[8, 16, 32, 64, 128] = 16

@@ -165,12 +165,12 @@ class Kept:
 def test_a_node_that_never_comes_back_is_told_in_seconds_and_given_up_in_time(nodes, config):
     cluster, seconds = nodes
     policy = RecoveryPolicy(patience_s=3)
-    few = config.replace(max_num_seqs=2)
+    few = config.replace(max_num_seqs=2, resources_timeout_s=15)
     room, head = rank_bundle(config)["CPU"], {"node:__internal_head__": 0.001}
     group = ray.util.placement_group(
         [{"CPU": DRIVER_CPUS, **head}, {"CPU": room, **head}, {"CPU": room, "second": 0.001}]
     )
-    driver = start_driver(few, name="forlorn", placement_group=group, policy=policy, resources_timeout_s=15)
+    driver = start_driver(few, name="forlorn", placement_group=group, policy=policy)
     _, pid = ray.get(driver.pid.remote())
     ranks = ray.get(driver.rank_facts.remote())
     long = SamplingParams(max_tokens=250, ignore_eos=True)

@@ -213,10 +213,10 @@ def test_a_given_group_holds_driver_and_ranks(folder, expected):
 
 
 def test_resources_that_never_come(folder):
-    config = config_of(folder, tensor_parallel_size=2)
+    config = config_of(folder, tensor_parallel_size=2, resources_timeout_s=0.5)
     group = ray.util.placement_group([{"CPU": 0.2}, {"CPU": 100}, {"CPU": 0.2}])
     with pytest.raises(
         EngineUnavailable, match=r"waiting for resources: needs 100.4 CPU in 3 bundles, cluster has 4 CPU"
     ):
-        start_driver(config, name="starved", placement_group=group, resources_timeout_s=0.5)
+        start_driver(config, name="starved", placement_group=group)
     ray.util.remove_placement_group(group)
