@@ -6,7 +6,7 @@
 #   first one dies before it answers (RAY_SERVE_HAPROXY_RETRY_ON);
 # - what it answers when no replica does is no bare 500, but a 503 that says when to come back, in OpenAI's shape;
 # - when Serve's actor above it ends, it takes no more connections and ends with its last stream (SIGUSR1), neither at
-#   once nor never.
+#   once (in a session of its own it is not of the actor's process group, which Ray ends) nor never.
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${MANTA_PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=python3
@@ -29,5 +29,5 @@ for argument; do
     esac
 done
 set -- "$binary" -dS "$@"
-command -v setpriv >/dev/null && set -- setpriv --pdeathsig USR1 "$@" # of util-linux; others do without
+command -v setpriv >/dev/null && set -- setsid setpriv --pdeathsig USR1 "$@" # of util-linux; others do without
 exec "$@"

@@ -91,12 +91,11 @@ def site(tmp_path: Path) -> Iterator[tuple[str, Replica, Replica, subprocess.Pop
     one, two = Replica(), Replica()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    environment = SERVE_ENVIRONMENT
     path = tmp_path / "haproxy.cfg"
     path.write_text(
         CONFIGURATION.format(
-            bufsize=environment["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"],
-            retry_on=environment["RAY_SERVE_HAPROXY_RETRY_ON"],
+            bufsize=SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"],
+            retry_on=SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_RETRY_ON"],
             folder=tmp_path,
             port=port,
             one=one.port,
@@ -106,7 +105,8 @@ def site(tmp_path: Path) -> Iterator[tuple[str, Replica, Replica, subprocess.Pop
     (tmp_path / "500.http").write_text("HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n")
     command = [str(REPOSITORY / "scripts/haproxy.sh"), "-db", "-f", str(path)]
     program = f"import subprocess; subprocess.Popen({command!r}).wait()"
-    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "MANTA_PYTHON": sys.executable})
+    environment = {**os.environ, "MANTA_PYTHON": sys.executable}
+    parent = subprocess.Popen([sys.executable, "-c", program], env=environment, start_new_session=True)
     try:
         until(lambda: answers(port))
         yield f"http://127.0.0.1:{port}", one, two, parent
@@ -155,13 +155,13 @@ def test_no_replica_at_all_is_503_and_says_when_to_come_back(site: Any) -> None:
 
 
 def test_streams_outlive_the_process_above(site: Any) -> None:
-    """`serve shutdown` kills it: what runs is finished, nothing is taken any more, and then HAProxy is gone."""
+    """`serve shutdown` kills it, and Ray its process group: what runs is finished, nothing is taken, and it ends."""
     url, one, two, parent = site
     (haproxy,) = psutil.Process(parent.pid).children()
     with httpx.stream("GET", f"{url}/stream") as answer:
         pieces = answer.iter_text()
         assert next(pieces) == "begin"
-        parent.send_signal(signal.SIGKILL)
+        os.killpg(parent.pid, signal.SIGKILL)
         parent.wait(10)
         until(lambda: not answers(int(url.rpartition(":")[2])))
         one.go_on.set()
