@@ -8,7 +8,7 @@ before `gdc_wait`, and always reach it. Weights may be read before.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -30,13 +30,23 @@ class _Rehearsed:
     """The GPU that the device "meta" stands for (kernels.rehearsal), one a process."""
 
     chip: Chip | None = None
+    met: Callable[[str, str, Callable[[], object]], None] | None = None
 
 
-def rehearse_on(chip: Chip) -> None:
-    """Let tensors on the device "meta" stand for tensors on such a GPU, in this process."""
-    _Rehearsed.chip = chip
+def rehearse_on(chip: Chip, met: Callable[[str, str, Callable[[], object]], None] | None = None) -> None:
+    """Let tensors on the device "meta" stand for tensors on such a GPU, in this process.
+
+    met: called for each kernel that is not Triton's, with its name, what tells its variants apart and what compiles it.
+    """
+    _Rehearsed.chip, _Rehearsed.met = chip, met
     num_multiprocessors.cache_clear()
-    _has_dependent_launch.cache_clear()
+    capability.cache_clear()
+
+
+def compile_in_rehearsal(name: str, variant: str, job: Callable[[], object]) -> None:
+    """Of a kernel whose tensors are on the device "meta": compile it in place of launching it."""
+    if _Rehearsed.met is not None:
+        _Rehearsed.met(name, variant, job)
 
 
 @cache
@@ -48,14 +58,17 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 @cache
-def _has_dependent_launch(device: torch.device) -> bool:
-    if os.environ.get("MANTA_PDL", "1") == "0":
-        return False
+def capability(device: torch.device) -> tuple[int, int]:
+    """An NVIDIA GPU's compute capability; (0, 0) for any other device."""
     if device.type == "meta" and _Rehearsed.chip is not None:
-        return _Rehearsed.chip.capability >= (9, 0)
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0) and torch.version.hip is None
+        return _Rehearsed.chip.capability
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def _has_dependent_launch(device: torch.device) -> bool:
+    return capability(device) >= (9, 0) and os.environ.get("MANTA_PDL", "1") != "0"
 
 
 class _Switch:

@@ -1,20 +1,24 @@
-"""Linear layers for decode steps: the product, and the norm, activation or residual sum next to it in one kernel.
+"""Linear layers: the product, and the norm, activation or residual sum next to it in one kernel.
 
-With few rows a product is a read of its weights; kernels.linear_stream reads them at the memory's speed. With many rows
-the definitions run: cuBLAS for the product, the operations around it each as its own kernel.
+With few rows a product is a read of its weights; kernels.linear_stream reads them at the memory's speed. With more rows
+it is kernels.linear_hopper on Hopper GPUs, where that is faster (kernels.linear_configs chooses); else the definitions
+run: cuBLAS for the product, the operations around it each as its own kernel.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import linear_hopper
 from kernels.activation import silu_and_mul
-from kernels.linear_configs import linear_config
-from kernels.linear_gemv import GemvConfig
-from kernels.linear_stream import LinearConfig
-from kernels.registry import kernel
+from kernels.launch import num_multiprocessors
+from kernels.linear_configs import Config, linear_config
+from kernels.linear_hopper import HopperConfig
+from kernels.registry import kernel, on_gpu
 from kernels.rms_norm import rms_norm
 
 
@@ -57,13 +61,23 @@ def linear_silu_and_mul(x: Tensor, weight: Tensor) -> Tensor:
 def _why_not_product(x: Tensor, weight: Tensor, operation: str) -> str | None:
     if x.dim() != 2:
         return f"x has {x.dim()} dimensions"
-    if x.dtype not in (torch.float16, torch.bfloat16) and x.is_cuda:
+    if x.dtype not in (torch.float16, torch.bfloat16) and on_gpu(x):
         return f"{x.dtype} has no fast matrix unit here"
     if weight.dtype != x.dtype or weight.stride(-1) != 1 or x.stride(-1) != 1:
         return "x and weight differ in dtype, or are not contiguous along K"
-    if linear_config(operation, x.shape[0], weight.shape[0], x.shape[1]) is None:
+    config = _find(operation, x, weight)
+    if config is None:
         return "the library's product is faster with this many rows"
+    if isinstance(config, HopperConfig):
+        if any(tensor.stride(0) % 8 or tensor.storage_offset() % 8 for tensor in (x, weight)):
+            return "rows do not start at multiples of 16 bytes"
+        return linear_hopper.why_not(x.device)
     return None
+
+
+def _find(operation: str, x: Tensor, weight: Tensor) -> Config | None:
+    multiprocessors = num_multiprocessors(x.device) if on_gpu(x) else 132
+    return linear_config(operation, x.shape[0], weight.shape[0], x.shape[1], multiprocessors)
 
 
 def _why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:  # noqa: ARG001
@@ -71,8 +85,8 @@ def _why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> st
 
 
 def _why_not_linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> str | None:
-    if residual.stride(-1) != 1:
-        return "a residual's row is not contiguous"
+    if residual.stride(-1) != 1 or residual.stride(0) % 2 or residual.storage_offset() % 2:
+        return "a residual's row is not contiguous, or starts at an odd place"
     return _why_not_product(x, weight, "linear_add")
 
 
@@ -90,8 +104,8 @@ def _why_not_gated(x: Tensor, weight: Tensor) -> str | None:
     return _why_not_product(x, weight, "linear_silu_and_mul")
 
 
-def _config(operation: str, x: Tensor, weight: Tensor) -> GemvConfig | LinearConfig:
-    config = linear_config(operation, x.shape[0], weight.shape[0], x.shape[1])
+def _config(operation: str, x: Tensor, weight: Tensor) -> Any:
+    config = _find(operation, x, weight)
     assert config is not None
     return config
 

@@ -1,7 +1,8 @@
 """Which product runs at which shape: the measured table behind kernels.linear.
 
 Measured on an NVIDIA H200 at Llama-3-8B's shapes (`python -m scripts.tune_kernels`, `python -m scripts.kernel_step
---tune`; see BENCHMARKS.md). Where no row holds, or a row says None, the library's product is faster.
+--tune`; see BENCHMARKS.md). Where no row holds, kernels.linear_hopper chooses; where that has none, or a row says None,
+the library's product is faster.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kernels.linear_gemv import GemvConfig
+from kernels.linear_hopper import HopperConfig, choose
 from kernels.linear_stream import LinearConfig
 
 ANY = 1 << 30
+LEAST_HOPPER_ROWS = 17
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,18 @@ TABLE: dict[str, list[Row]] = {
 }
 
 
-def linear_config(operation: str, rows: int, num_columns: int, size: int) -> GemvConfig | LinearConfig | None:
+Config = GemvConfig | LinearConfig | HopperConfig
+
+
+def linear_config(
+    operation: str, rows: int, num_columns: int, size: int, multiprocessors: int = 132
+) -> Config | None:  # fmt: skip
     """The config of a product of `rows` rows, weight [num_columns, size]; None where the library is faster."""
     if size % 8 or num_columns < 16:
         return None
     for row in TABLE[operation]:
         if rows <= row.max_rows and size <= row.max_size:
             return row.config
-    return None
+    if operation.startswith("norm") or rows < LEAST_HOPPER_ROWS or num_columns % 16:
+        return None
+    return choose(rows, num_columns, size, "silu" in operation, multiprocessors)

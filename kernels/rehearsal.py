@@ -38,7 +38,7 @@ class Rehearsal:
         """Rehearse while the context is open; at its end everything is compiled."""
         from triton.runtime.jit import JITFunction
 
-        rehearse_on(self.chip)
+        rehearse_on(self.chip, self._met_other)
         triton.runtime.driver.set_active(_NoGpu(self.chip))
         launch, hook = JITFunction.run, triton.knobs.runtime.jit_cache_hook
 
@@ -95,6 +95,13 @@ class Rehearsal:
         self._seen.add((name, key))
         self.variants[name] = self.variants.get(name, 0) + 1
         return self._fork(name)
+
+    def _met_other(self, name: str, variant: str, job: Callable[[], object]) -> None:
+        """A kernel that is not Triton's: compile it, once."""
+        if (name, variant) not in self._seen:
+            self._seen.add((name, variant))
+            self.variants[name] = self.variants.get(name, 0) + 1
+            self.ahead(name, job)
 
     def _fork(self, name: str) -> bool:
         """Go on as two processes: True in this one."""

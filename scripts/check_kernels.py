@@ -17,15 +17,27 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import activation, embedding, kv_cache, linear, paged_attention, registry, rms_norm, rotary, sampling
+from kernels import (
+    activation,
+    embedding,
+    kv_cache,
+    linear,
+    linear_hopper,
+    paged_attention,
+    registry,
+    rms_norm,
+    rotary,
+    sampling,
+)  # fmt: skip
 from kernels.launch import num_multiprocessors
+from kernels.linear_hopper import HopperConfig
 from scripts.kernel_timing import copy_bandwidth, matmul_rate, paged_cache, poison, relative_error, time_us
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -133,7 +145,7 @@ def linear_cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
     """The products with few rows, at the configs their table chooses."""
     if dtype == torch.float32:
         return
-    for rows in (1, 5) if small else (1, 2, 16, 17, 48, 64, 128, 200, 256):
+    for rows in (1, 5) if small else (1, 2, 16, 17, 48, 64, 128, 200, 256, 300):
         for columns, size in ((320, 264),) if small else ((6144, 4096), (4096, 14336), (1000, 1032)):
             x, weight = rand(rows, size, dtype=dtype), rand(columns, size, dtype=dtype) / size**0.5
             bias, residual = rand(columns, dtype=dtype), rand(rows, columns, dtype=dtype)
@@ -147,6 +159,46 @@ def linear_cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
             ):
                 if op.supports(*args) is None:
                     yield case(f"{op.name} {rows}x{columns}x{size}", dtype, op, *args)
+
+
+def hopper_cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
+    """Products on Hopper's matrix units: tiles, splits and what comes after, at sizes that fill no tile, strided."""
+    if dtype == torch.float32 or linear_hopper.why_not(torch.device("cuda", 0)) is not None:
+        return
+    blocks = ((1, 96, 1, 2), (2, 224, 2, 1), (3, 256, 2, 1), (2, 128, 1, 2), (2, 256, 2, 2), (1, 160, 1, 1))
+    sizes = ((200, 1000, 1032),) if small else ((1, 8, 8), (65, 520, 200), (257, 1000, 1032), (700, 4104, 4096))
+    for (groups, width, cluster_m, cluster_n), (rows, columns, size) in product(blocks, sizes):
+        x = rand(rows, 3, size, dtype=dtype)[:, 1]
+        weight = rand(columns, size + 24, dtype=dtype)[:, 16 : size + 16] / size**0.5
+        bias, residual = rand(columns, dtype=dtype), rand(rows, columns + 6, dtype=dtype)[:, 2:-4]
+        tiles = -(-rows // (64 * groups * cluster_m)) * -(-columns // (width * cluster_n))
+        fits = width % 32 == 0 and tiles * 4 * cluster_m * cluster_n <= 132
+        for splits in (1, 2, 4) if fits else (1,):
+            config = HopperConfig(groups, width, cluster_m, cluster_n, splits)
+            for after in ({}, {"bias": bias}, {"residual": residual}, {"bias": bias, "residual": residual}):
+                yield _product_case(f"{config} {rows}x{columns}x{size}", dtype, config, x, weight, **after)
+        if columns % 16 == 0:
+            config = HopperConfig(groups, width, cluster_m, cluster_n)
+            yield _product_case(f"{config} {rows}x{columns}x{size}", dtype, config, x, weight, act="silu")
+
+
+def _product_case(
+    name: str, dtype: torch.dtype, config: HopperConfig, x: Tensor, weight: Tensor, **after: Any
+) -> Case:  # fmt: skip
+    def expected() -> list[Tensor]:
+        out = x.float() @ weight.float().T
+        out = out + sum(tensor.float() for key, tensor in after.items() if key != "act")
+        return [torch_silu_and_mul(out) if "act" in after else out]
+
+    def actual() -> list[Tensor]:
+        return [config.product(x, weight, **after)]
+
+    return f"{name} {'+'.join(after)}", actual, expected, dtype
+
+
+def torch_silu_and_mul(x: Tensor) -> Tensor:
+    out: Tensor = activation.silu_and_mul.definition(x)
+    return out
 
 
 def sampling_parameters(rows: int, size: int, **kept: bool) -> sampling.SamplingTensors:
@@ -205,12 +257,15 @@ def check_sampling(small: bool) -> list[dict[str, Any]]:
     return results
 
 
-def check_part(part: int, parts: int, small: bool) -> list[dict[str, Any]]:
+CASES = {"small": small_cases, "attention": attention_cases, "linear": linear_cases, "hopper": hopper_cases}
+
+
+def check_part(part: int, parts: int, small: bool, kinds: list[str]) -> list[dict[str, Any]]:
     """Every parts-th parity case, from the part-th on; prints what cannot run."""
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     results = []
-    cases = (c for dtype in DTYPES for kind in (small_cases, attention_cases, linear_cases) for c in kind(dtype, small))
+    cases = (c for dtype in DTYPES for kind in kinds for c in CASES[kind](dtype, small))
     for name, actual, expected, dtype in islice(cases, part, None, parts):
         poison()
         try:
@@ -219,16 +274,17 @@ def check_part(part: int, parts: int, small: bool) -> list[dict[str, Any]]:
             print(f"FAILED {name} {dtype}: {type(problem).__name__}: {str(problem)[:300]}")
             error = float("nan")
         results.append({"check": f"{name} {dtype}", "error": error, "passed": error < TOLERANCE[dtype]})
-    return results + (check_sampling(small) if part == 0 else [])
+    return results + (check_sampling(small) if part == 0 and "small" in kinds else [])
 
 
-def check(small: bool, workers: int) -> list[dict[str, Any]]:
+def check(small: bool, workers: int, kinds: list[str]) -> list[dict[str, Any]]:
     """Run every parity case, in `workers` processes (compiling takes longer than running); prints what fails."""
     if workers == 1:
-        results = check_part(0, 1, small)
+        results = check_part(0, 1, small, kinds)
     else:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            results = list(chain.from_iterable(pool.starmap(check_part, [(i, workers, small) for i in range(workers)])))
+            parts = pool.starmap(check_part, [(i, workers, small, kinds) for i in range(workers)])
+            results = list(chain.from_iterable(parts))
     for row in results:
         if not row["passed"]:
             print("FAILED", row)
@@ -349,13 +405,14 @@ def main() -> None:
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--parity-only", action="store_true")
     parser.add_argument("--time", nargs="*", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--check", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--workers", type=int, default=12)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     report["triton"] = registry.triton.__version__
     report["multiprocessors"] = num_multiprocessors(torch.device("cuda", 0))
-    report["parity"] = check(args.sanitize, 1 if args.sanitize else args.workers)
+    report["parity"] = check(args.sanitize, 1 if args.sanitize else args.workers, args.check)
     if not (args.sanitize or args.parity_only):
         report["copy_bytes_per_s"], report["matmul_flop_per_s"] = copy_bandwidth(), matmul_rate()
         report["roofline"] = roofline(report["copy_bytes_per_s"], report["matmul_flop_per_s"], args.time)

@@ -131,9 +131,10 @@ PLAIN: dict[str, list[str]] = {
     "attention": ["paged_decode"],
     "attention, rotary": ["paged_decode", "kv_cache"],
     "norms, activation": ["rms_norm", "activation"],
-    "products": ["linear_stream", "linear_gemv"],
+    "products": ["linear_stream", "linear_gemv", "linear_hopper"],
     "everything": [
-        "paged_decode", "kv_cache", "rms_norm", "activation", "linear_stream", "linear_gemv", "sampling_draw",
+        "paged_decode", "kv_cache", "rms_norm", "activation", "linear_stream", "linear_gemv", "linear_hopper",
+        "sampling_draw",
     ],
 }  # fmt: skip
 

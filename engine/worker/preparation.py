@@ -102,7 +102,7 @@ def _digest(config: EngineConfig, model_config: ModelConfig) -> str:
     parts += [f"{name} {_version(name)}" for name in ("torch", "triton")]
     files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     for folder in ("kernels", "engine/layers", "engine/models", "engine/worker"):
-        files += sorted((ROOT / folder).glob("*.py"))
+        files += sorted(path for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".cu"))
     parts += [path.read_text(errors="replace") for path in files]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
