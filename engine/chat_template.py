@@ -112,6 +112,8 @@ def _normalize_one(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise RequestError(f"{where}.role: a non-empty string is required", param=f"{where}.role")
     out = dict(message)
+    if out["role"] == "function":  # what a tool was called before there were several in one message
+        out["role"] = "tool"
     out["content"] = _content(f"{where}.content", message.get("content"), bool(message.get("tool_calls")))
     if message.get("tool_calls"):
         if not isinstance(message["tool_calls"], list):

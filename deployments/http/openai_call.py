@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from deployments.generation import Batch
 from deployments.http.context import answer_headers, answer_id, read, service_of
-from deployments.http.errors import openai_json
+from deployments.http.errors import NotSupported, openai_json
 from deployments.http.openai_replies import UNSET, Unset, Usage
 from deployments.http.openai_types import GenerationRequest
 from deployments.http.sse import start_stream, until_disconnect
@@ -30,6 +30,8 @@ class Call(ABC, Generic[Body]):
     """What the ids of its answers begin with."""
 
     def __init__(self, service: ModelService, body: Body, answer_id: str) -> None:
+        if body.stream and body.prompt_logprobs is not None:
+            raise NotSupported("prompt_logprobs: they cannot be streamed", param="prompt_logprobs")
         self.service, self.body, self.id = service, body, answer_id
         self.created = int(time.time())
         self.batch = Batch()

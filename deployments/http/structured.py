@@ -89,6 +89,8 @@ def tools_of(body: ChatCompletionRequest) -> tuple[ToolMode, list[dict[str, Any]
         return "auto", functions
     if choice == "required":
         return "required", functions
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        return _allowed_tools(choice.get("allowed_tools", choice), functions)
     name = choice.get("function", choice).get("name") if isinstance(choice, dict) else None
     chosen = [function for function in functions if function["name"] == name]
     if not chosen:
@@ -98,6 +100,21 @@ def tools_of(body: ChatCompletionRequest) -> tuple[ToolMode, list[dict[str, Any]
             param="tool_choice",
         )
     return "named", chosen[:1]
+
+
+def _allowed_tools(choice: Any, functions: list[dict[str, Any]]) -> tuple[ToolMode, list[dict[str, Any]]]:
+    """OpenAI's choice of some of the tools. Raises RequestError."""
+    tools = choice.get("tools") if isinstance(choice, dict) else None
+    if not isinstance(tools, list) or choice.get("mode") not in ("auto", "required"):
+        raise RequestError(
+            f'tool_choice.allowed_tools: got {choice!r:.100}, allowed: {{"mode": "auto" or "required", "tools": […]}}',
+            param="tool_choice",
+        )
+    names = [tool.get("function", tool).get("name") if isinstance(tool, dict) else None for tool in tools]
+    chosen = [function for function in functions if function["name"] in names]
+    if not chosen:
+        raise RequestError("tool_choice.allowed_tools.tools: none of them is among the tools", param="tool_choice")
+    return choice["mode"], chosen
 
 
 def _function(where: str, tool: Any) -> dict[str, Any]:

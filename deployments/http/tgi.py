@@ -16,7 +16,7 @@ from deployments.http.body import parse, read_body
 from deployments.http.context import answer_headers, service_of
 from deployments.http.errors import Unauthorized, failure_of, request_id_of
 from deployments.http.pages import product_version
-from deployments.http.sse import event, start_stream, until_disconnect
+from deployments.http.sse import start_stream, until_disconnect
 from deployments.http.tgi_types import (
     MAX_BEST_OF,
     MAX_STOP_SEQUENCES,
@@ -27,6 +27,7 @@ from deployments.http.tgi_types import (
     GenerateRequest,
     Info,
     InputToken,
+    InvalidInput,
     StreamDetails,
     StreamEvent,
     Token,
@@ -90,32 +91,40 @@ async def _answer(request: Request, kind: type[GenerateRequest], *, stream: bool
         call = _Call(service, body, request_id_of(request), received_s, stream=bool(stream))
         await call.start()
         if stream:
-            headers = {**call.headers(), **answer_headers(body)}
+            headers = {**call.stream_headers(), **answer_headers(body)}
             return await start_stream(request.receive, call.events(), on_error=_error_json, headers=headers)
         answer = await until_disconnect(request.receive, call.answer())
         payload = [answer] if listed else answer
         headers = {**call.headers(), **answer_headers(body)}
         return Response(_json.encode(payload), headers=headers, media_type="application/json")
     except MantaError as error:
-        failure = failure_of(error)
-        status = 422 if isinstance(error, RequestError) and error.http_status == 400 else failure.status
-        status = 424 if status == 500 else status
-        return Response(_error_json(error), status, headers=failure.headers, media_type="application/json")
+        headers = failure_of(error).headers
+        return Response(_error_json(error), _told(error)[0], headers=headers, media_type="application/json")
+
+
+def _told(error: BaseException) -> tuple[int, str, str]:
+    """TGI's status, kind and text of an error."""
+    failure = failure_of(error)
+    if isinstance(error, Unauthorized):
+        return failure.status, "unauthorized", str(error)
+    if isinstance(error, EngineOverloaded):
+        return failure.status, "overloaded", str(error)
+    if isinstance(error, RequestError):
+        return 422 if failure.status == 400 else failure.status, "validation", f"Input validation error: {error}"
+    if isinstance(error, EngineUnavailable):
+        return failure.status, "healthcheck", str(error)
+    return 424, "generation", f"Request failed during generation: {failure.body.message}"
 
 
 def _error_json(error: BaseException) -> bytes:
     """TGI's error object."""
-    if isinstance(error, Unauthorized):
-        text, kind = str(error), "unauthorized"
-    elif isinstance(error, RequestError):
-        text, kind = f"Input validation error: {error}", "validation"
-    elif isinstance(error, EngineOverloaded):
-        text, kind = str(error), "overloaded"
-    elif isinstance(error, EngineUnavailable):
-        text, kind = str(error), "unhealthy"
-    else:
-        text, kind = f"Request failed during generation: {failure_of(error).body.message}", "generation"
+    _, kind, text = _told(error)
     return _json.encode({"error": text, "error_type": kind})
+
+
+def _event(payload: StreamEvent) -> bytes:
+    """One event as TGI writes it: some clients count on there being no space."""
+    return b"data:" + _json.encode(payload) + b"\n\n"
 
 
 class _Call:
@@ -135,6 +144,15 @@ class _Call:
         if not self.body.inputs:
             raise RequestError("`inputs` cannot be empty", param="inputs")
         ids = await self.service.encode_prompt(self.body.inputs, self.params)
+        limit, new = self.service.config.model_len, self.parameters.max_new_tokens
+        if len(ids) >= limit:
+            raise InvalidInput(f"`inputs` must have less than {limit} tokens. Given: {len(ids)}", param="inputs")
+        if new is not None and len(ids) + new > limit:
+            raise InvalidInput(
+                f"`inputs` tokens + `max_new_tokens` must be <= {limit}. Given: {len(ids)} `inputs` tokens and {new} "
+                "`max_new_tokens`",
+                param="max_new_tokens",
+            )
         self.generation = self.service.generate(ids, self.params, request_id=self.id, prompt=self.body.inputs)
 
     @property
@@ -176,33 +194,41 @@ class _Call:
                             reason = _finish_reason(delta.finish_reason, delta.stop_reason)
                             out.generated_text = self._whole_text("".join(texts))
                             prompt_tokens = generation.request.num_prompt_tokens
-                            out.details = StreamDetails(reason, count, self._seed, prompt_tokens)
-                        yield event(out)
+                            if self.parameters.details:
+                                out.details = StreamDetails(reason, count, self._seed, prompt_tokens)
+                        yield _event(out)
+
+    def stream_headers(self) -> dict[str, str]:
+        """Those of TGI's x-compute headers that are known when a stream starts."""
+        return {
+            "x-compute-type": "gpu+optimized" if self.service.config.device == "cuda" else "cpu",
+            "x-compute-characters": str(len(self.body.inputs)),
+            "x-prompt-tokens": str(self._started.request.num_prompt_tokens),
+        }
 
     def headers(self) -> dict[str, str]:
-        """TGI's x-compute headers: times in milliseconds, of a stream those known at its start."""
+        """TGI's x-compute headers: x-compute-time in seconds, the other times in milliseconds."""
         generation, now_s = self._started, time.monotonic()
         result = generation.result
         first_s = generation.first_token_s or now_s
         tokens = result.num_completion_tokens if result is not None else 0
         inference_s = now_s - first_s
         return {
-            "x-compute-type": "gpu+optimized" if self.service.config.device == "cuda" else "cpu",
+            **self.stream_headers(),
             "x-compute-time": f"{now_s - self.received_s:.3f}",
-            "x-compute-characters": str(len(self.body.inputs)),
             "x-total-time": _ms(now_s - self.received_s),
             "x-validation-time": _ms(generation.created_s - self.received_s),
             "x-queue-time": _ms(first_s - generation.created_s),
             "x-inference-time": _ms(inference_s),
             "x-time-per-token": _ms(inference_s / max(1, tokens)),
-            "x-prompt-tokens": str(generation.request.num_prompt_tokens),
             "x-generated-tokens": str(tokens),
-            "x-accel-buffering": "no",
         }
 
     @property
     def _seed(self) -> int | None:
-        return self._started.request.seed if self.parameters.samples else None
+        if not self.parameters.samples:
+            return None
+        return self._started.request.seed if self.parameters.seed is None else self.parameters.seed
 
     def _whole_text(self, text: str) -> str:
         return self.body.inputs + text if self.parameters.return_full_text else text

@@ -50,29 +50,29 @@ class Parameters(BaseModel):
 
     adapter_id: str | None = None
     best_of: int | None = None
-    decoder_input_details: bool = False
-    details: bool = False
-    do_sample: bool = False
+    decoder_input_details: bool | None = False
+    details: bool | None = False
+    do_sample: bool | None = False
     frequency_penalty: float | None = None
     grammar: GrammarRequest | None = None
     max_new_tokens: int | None = DEFAULT_NEW_TOKENS
     repetition_penalty: float | None = None
     return_full_text: bool | None = None
     seed: int | None = None
-    stop: list[str] = []
+    stop: list[str] | None = []
     temperature: float | None = None
     top_k: int | None = None
     top_n_tokens: int | None = None
     top_p: float | None = None
     truncate: int | None = None
     typical_p: float | None = None
-    watermark: bool = False
+    watermark: bool | None = False
 
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn rather than the likeliest taken: asked for, or implied by a parameter of drawing."""
         implied = (self.temperature, self.top_k, self.top_p, self.typical_p)
-        return self.do_sample or any(value is not None for value in implied)
+        return bool(self.do_sample) or any(value is not None for value in implied)
 
     def sampling(self, *, stream: bool) -> dict[str, Any]:
         """SamplingParams fields. Raises InvalidInput as TGI words it."""
@@ -80,7 +80,7 @@ class Parameters(BaseModel):
         given: dict[str, Any] = {
             "max_tokens": self.max_new_tokens,
             "temperature": (self.temperature or 1.0) if self.samples else 0.0,
-            "stop": self.stop,
+            "stop": self.stop or [],
             "include_stop_str_in_output": True,
             "logprobs": self.top_n_tokens or 0,
             "n": 1,
@@ -91,7 +91,7 @@ class Parameters(BaseModel):
             given |= {"min_p": 0.0, "typical_p": self.typical_p or 1.0}
         given["repetition_penalty"] = self.repetition_penalty or 1.0
         given["frequency_penalty"] = self.frequency_penalty or 0.0
-        given["watermark"] = self.watermark
+        given["watermark"] = bool(self.watermark)
         if self.best_of is not None and self.best_of > 1:
             given["n"] = self.best_of
         if self.seed is not None:
@@ -119,7 +119,7 @@ class Parameters(BaseModel):
         _need("best_of", best_of == 1 or self.seed is None, "> 1 and `seed` exclude each other")
         _need("best_of", best_of == 1 or not stream, "> 1 cannot be streamed")
         _need("decoder_input_details", not (stream and self.decoder_input_details), "cannot be streamed")
-        _need("stop", len(self.stop) <= MAX_STOP_SEQUENCES, f"supports up to {MAX_STOP_SEQUENCES} stop sequences")
+        _need("stop", len(self.stop or ()) <= MAX_STOP_SEQUENCES, f"supports up to {MAX_STOP_SEQUENCES} stop sequences")
         _need("top_n_tokens", 0 <= top_n <= MAX_TOP_N_TOKENS, f"must be >= 0 and <= {MAX_TOP_N_TOKENS}")
         _need("adapter_id", self.adapter_id is None, "is not supported: this server has no adapters")
 

@@ -213,7 +213,7 @@ function draw() {
   ]);
   drawLines("rate", [
     { colour: "--owned", value: (entry) => entry.generated },
-    { colour: "--cached", value: (entry) => entry.prompt },
+    { colour: "--shared", value: (entry) => entry.prompt },
   ]);
   drawHistogram("ttft", state.ttft);
   drawHistogram("gap", state.gap);

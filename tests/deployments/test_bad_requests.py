@@ -223,6 +223,9 @@ def test_unknown_route_and_method(server: Any) -> None:
 def test_unsupported(server: Any) -> None:
     check_error(ask(server, "/v1/completions", {**TEXT, "suffix": "x"}), 400, "suffix", "middle")
     check_error(ask(server, "/v1/chat/completions", {**CHAT, "top_logprobs": 2}), 400, "top_logprobs", "logprobs")
+    for route, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
+        answer = ask(server, route, {**body, "prompt_logprobs": 1, "stream": True})
+        check_error(answer, 400, "prompt_logprobs", "streamed")
 
 
 def test_body_too_large(server: Any) -> None:

@@ -208,3 +208,20 @@ def test_what_a_grammar_shapes_is_no_reasoning_even_where_the_prompt_opened_it(c
     extra = {"chat_template": template, "ignore_eos": True}
     answer = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=5, extra_body=extra)
     assert answer.usage.completion_tokens_details.reasoning_tokens == 5
+
+
+def test_some_of_the_tools(client):
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [CLOCK]}}
+    answer = client.chat.completions.create(
+        model="tiny", messages=ASK, tools=[WEATHER, CLOCK], tool_choice=choice, max_tokens=60, seed=1
+    )
+    assert answer.choices[0].message.tool_calls[0].function.name == CLOCK["function"]["name"]
+
+
+@pytest.mark.parametrize(
+    "choice", [{"mode": "auto"}, {"mode": "maybe", "tools": [CLOCK]}, {"mode": "auto", "tools": ["x"]}]
+)
+def test_a_bad_choice_of_some_tools(server, choice):
+    body = {"messages": ASK, "tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "allowed_tools": choice}}
+    answer = server.http.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tool_choice")

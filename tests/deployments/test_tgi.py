@@ -137,7 +137,7 @@ def test_root_answers_a_list_or_a_stream(server):
         ({"typical_p": 0}, "`typical_p`"),
         ({"top_k": -1}, "`top_k`"),
         ({"max_new_tokens": 0}, "`max_new_tokens`"),
-        ({"max_new_tokens": 100000}, "context"),
+        ({"max_new_tokens": 100000}, "must be <= 256"),
         ({"best_of": 3}, "`best_of`"),
         ({"stop": list("abcde")}, "stop sequences"),
         ({"adapter_id": "other"}, "`adapter_id`"),
@@ -163,3 +163,51 @@ def test_malformed_bodies(server, body):
     answer = httpx.post(f"{server.url}/generate", content=body)
     assert answer.status_code == 422
     assert answer.json()["error_type"] == "validation"
+
+
+def test_the_shape_of_a_stream(server):
+    body = {"inputs": "Count", "parameters": {"max_new_tokens": 2, "details": True}}
+    answer = server.http.post("/generate_stream", json=body)
+    lines = [line for line in answer.text.split("\n\n") if line]
+    assert len(lines) == 2 and all(line.startswith('data:{"index":') for line in lines)
+    assert json.loads(lines[-1][5:])["details"] == {
+        "finish_reason": "length", "generated_tokens": 2, "seed": None, "input_length": 2
+    }  # fmt: skip
+    assert answer.headers["x-compute-characters"] == "5"
+    assert "x-queue-time" not in answer.headers  # not known when a stream starts
+    body["parameters"].pop("details")
+    last = server.http.post("/generate_stream", json=body).text.split("\n\n")[-2]
+    assert json.loads(last[5:])["details"] is None
+
+
+def test_nulls_are_defaults(server):
+    names = ("do_sample", "details", "watermark", "stop", "decoder_input_details", "seed", "grammar", "typical_p")
+    parameters = {"max_new_tokens": 2, **dict.fromkeys(names)}
+    answer = server.http.post("/generate", json={"inputs": "Count", "parameters": parameters}).raise_for_status()
+    assert set(answer.json()) == {"generated_text"}
+
+
+def test_a_seed_of_64_bits_is_told_as_it_was_given(client):
+    seed = 2**63 + 5
+    assert client.generate("Count", max_new_tokens=2, do_sample=True, seed=seed).details.seed == seed
+
+
+@pytest.mark.parametrize(
+    ("inputs", "max_new_tokens", "said"),
+    [
+        ("x " * 400, 5, "`inputs` must have less than 256 tokens. Given: "),
+        ("Count", 400, "`inputs` tokens + `max_new_tokens` must be <= 256. Given: 2 `inputs` tokens and 400"),
+    ],
+)
+def test_too_long_in_its_words(server, inputs, max_new_tokens, said):
+    body = {"inputs": inputs, "parameters": {"max_new_tokens": max_new_tokens}}
+    answer = server.http.post("/generate", json=body)
+    assert (answer.status_code, answer.json()["error_type"]) == (422, "validation")
+    assert said in answer.json()["error"]
+
+
+@pytest.mark.parametrize("route", ["/generate", "/generate_stream"])
+def test_what_could_not_be_finished_is_a_generation_error(server, route):
+    body = {"inputs": "Count", "parameters": {"max_new_tokens": 200}}
+    answer = server.http.post(route, json=body, headers={"x-request-timeout": "0.000001"})
+    assert (answer.status_code, answer.json()["error_type"]) == (424, "generation")
