@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import msgspec
 import numpy as np
 
 from engine.beam_search import BeamSearch, Hypothesis
@@ -76,6 +77,15 @@ class BeamRequests:
             else:
                 ended.append((group, self._outputs(group, group.search.results())))
         return ended
+
+    def shrink(self, group: Group, limit: int, error: str) -> list[SequenceOutput]:
+        """Let the beams of a group end at `limit` tokens from now on; if one is longer, what to tell, with `error`."""
+        assert group.search is not None
+        group.search.max_tokens = limit - group.request.num_prompt_tokens
+        if all(beam.num_tokens < limit for beam in group.sequences.values()):
+            return []
+        failed = SequenceOutput(group.request.request_id, 0, [], finish_reason="error", error=error)
+        return [msgspec.structs.replace(failed, index=index) for index in range(group.request.params.n)]
 
     def _replace(self, group: Group, chosen: list[tuple[int, int]]) -> None:
         """Let the beams of the next step take the place of those that they continue."""

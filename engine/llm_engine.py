@@ -26,35 +26,13 @@ from engine.executor import CacheCapacity, Executor
 from engine.grammar import GrammarCompiler
 from engine.limits import Limits
 from engine.masking import Masking
-from engine.metrics import EngineMetrics
+from engine.metrics import EngineMetrics, EngineStats
 from engine.request import Request, SequenceOutput, TokenLogprobs
 from engine.scheduler import Scheduler
 from engine.sequence import Group, Sequence, Status
 from engine.step import SampledLogprobs, StepResult, unpack
 
 Logprobs = dict[int, TokenLogprobs]
-
-
-class EngineStats(msgspec.Struct, frozen=True):
-    """A look at one engine: what it does now, and counts since it started."""
-
-    running: int
-    waiting: int
-    num_blocks: int
-    free_blocks: int
-    """Can be allocated; the cached ones among them."""
-    used_blocks: int
-    cached_blocks: int
-    shared_blocks: int
-    saved_blocks: int
-    kv_utilization: float
-    """Slots filled of those in the blocks of running sequences; 1 when nothing runs."""
-    prefix_query_tokens: int
-    prefix_hit_tokens: int
-    preemptions: int
-    steps: int
-    generated_tokens: int
-    recoveries: int
 
 
 class LLMEngine:
@@ -400,13 +378,10 @@ class LLMEngine:
         self._limits = Limits(self.config, self.vocab_size, self.blocks.num_blocks, self.blocks.block_size)
         error = f"after a restart the KV cache holds only {self.blocks.num_blocks} blocks"
         for group in list(self._groups.values()):
-            request, limit = group.request, self._limits.length(group.request)
+            limit = self._limits.length(group.request)
             if group.search is not None:
-                group.search.max_tokens = limit - request.num_prompt_tokens
-                if any(beam.num_tokens >= limit for beam in group.sequences.values()):
-                    failed = SequenceOutput(request.request_id, 0, [], finish_reason="error", error=error)
-                    every = [msgspec.structs.replace(failed, index=index) for index in range(request.params.n)]
-                    self._ready += self._end_search(group, every)
+                if failed := self._beams.shrink(group, limit, error):
+                    self._ready += self._end_search(group, failed)
                 continue
             for sequence in list(group.sequences.values()):
                 self.scheduler.table.limit[sequence.row] = limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -44,6 +45,28 @@ class Histogram:
             return float("nan")
         index = int(np.searchsorted(np.cumsum(self.counts), share * total))
         return self.bounds[index] if index < len(self.bounds) else float("inf")
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """A look at one engine: what it does now, and counts since it started."""
+
+    running: int
+    waiting: int
+    num_blocks: int
+    free_blocks: int
+    """Can be allocated; the cached ones among them."""
+    used_blocks: int
+    cached_blocks: int
+    shared_blocks: int
+    saved_blocks: int
+    kv_utilization: float
+    """Slots filled of those in the blocks of running sequences; 1 when nothing runs."""
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    steps: int
+    generated_tokens: int
+    recoveries: int
 
 
 class EngineMetrics:

@@ -23,9 +23,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from engine.block_manager import BlockManager
+from engine.claims import Claim, key_of
 from engine.config import EngineConfig
 from engine.draft import Decodes, Draft, Mask, ScheduledStep
-from engine.sequence import SEATED, Group, Key, Sequence, SequenceTable, Status
+from engine.sequence import SEATED, Group, Sequence, SequenceTable, Status
 from engine.shares import Shares
 from engine.waiting_queue import WaitingQueue
 
@@ -170,7 +171,7 @@ class Scheduler:
             short = table.length[rows] > table.num_slots[rows]
             if int(np.count_nonzero(short)) + self._num_copies(short) <= self.blocks.num_free:
                 return short
-            self._preempt(max(self.running(), key=_key))
+            self._preempt(max(self.running(), key=key_of))
             self._settle()
         return None
 
@@ -260,7 +261,7 @@ class Scheduler:
             self.prefix_hit_tokens += num_cached
         self.shares.charge(sequence.group.tenant, sequence.num_tokens - num_cached)
         draft.new.append(sequence.whole())
-        insort(self._prefills, sequence, key=_key)
+        insort(self._prefills, sequence, key=key_of)
         self._compute(draft, sequence, min(sequence.num_tokens, num_cached + room))
         return True
 
@@ -277,7 +278,7 @@ class Scheduler:
         head = self.waiting.head()
         if head is None or head.num_in_flight:
             return
-        worse = sorted((s for s in self.running() if s.key[0] > head.key[0]), key=_key)
+        worse = sorted((s for s in self.running() if s.key[0] > head.key[0]), key=key_of)
         if not worse:
             return
         hits = self.blocks.match(head)
@@ -297,35 +298,13 @@ class Scheduler:
         head = self.waiting.head()
         if head is None or head.num_in_flight:
             return
-        hits = self.blocks.match(head)
-        need = self._blocks_to_start(head, hits)
-        seatless, missing = self.num_running >= self._max_seqs, need - self.blocks.num_free
-        if not seatless and missing <= 0:
+        need = self._blocks_to_start(head, self.blocks.match(head))
+        claim = Claim(head, need, need - self.blocks.num_free, self.num_running >= self._max_seqs)
+        if not claim.seatless and claim.missing <= 0:
             return
-        running = list(self.running())
-        seats: Counter[int] = Counter()
-        held: Counter[int] = Counter()
-        for sequence in running:
-            seats[sequence.group.tenant] += 1
-            held[sequence.group.tenant] += len(sequence.block_table)
-        tenant, num_active = head.group.tenant, self.shares.num_active
+        num_active = self.shares.num_active
         seat_share, block_share = max(1, self._max_seqs // num_active), self.blocks.num_blocks // num_active
-        if seats[tenant] >= seat_share or held[tenant] + need > block_share:
-            return
-        chosen: list[Sequence] = []
-        for victim in sorted(running, key=_key, reverse=True):
-            owner, size = victim.group.tenant, len(victim.block_table)
-            if not seatless and missing <= 0:
-                break
-            over = (seatless and seats[owner] > seat_share) or (missing > 0 and held[owner] > block_share)
-            if over and victim.key[0] >= head.key[0]:
-                seatless, missing = False, missing - size
-                seats[owner] -= 1
-                held[owner] -= size
-                chosen.append(victim)
-        if seatless or missing > 0:
-            return  # they would go for nothing
-        for victim in chosen:
+        for victim in claim.victims(self.running(), seat_share=seat_share, block_share=block_share):
             self._preempt(victim)
 
     def _compute(self, draft: Draft, sequence: Sequence, end: int) -> None:
@@ -412,7 +391,7 @@ class Scheduler:
         head = self.waiting.head()
         if not self._prefills and (head is None or head.num_in_flight):
             return False
-        self._preempt(max(self._paused, key=_key))
+        self._preempt(max(self._paused, key=key_of))
         return True
 
     def _release(self, sequence: Sequence) -> None:
@@ -450,7 +429,3 @@ class Scheduler:
         self._num_left = 0
         self._decodes = Decodes(sequences, self.table)
         self._watch_shared = bool(self.table.tail_shared[self._decodes.rows].any())
-
-
-def _key(sequence: Sequence) -> Key:
-    return sequence.key
