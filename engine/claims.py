@@ -14,10 +14,10 @@ class Claim:
     """What the head of the queue wants to be let in."""
 
     head: Sequence
-    need: int
-    """Blocks."""
+    size: int
+    """Blocks that it would hold, shared ones among them: it must not be over its share itself once it is in."""
     missing: int
-    """Of these, blocks that are not free; may be negative."""
+    """Blocks that it takes to start it and that are not free; may be negative."""
     seatless: bool
     """No seat is free either."""
 
@@ -33,7 +33,7 @@ class Claim:
             seats[sequence.group.tenant] += 1
             held[sequence.group.tenant] += len(sequence.block_table)
         tenant = self.head.group.tenant
-        if seats[tenant] >= seat_share or held[tenant] + self.need > block_share:
+        if seats[tenant] >= seat_share or held[tenant] + self.size > block_share:
             return []
         chosen: list[Sequence] = []
         seatless, missing = self.seatless, self.missing

@@ -298,8 +298,9 @@ class Scheduler:
         head = self.waiting.head()
         if head is None or head.num_in_flight:
             return
-        need = self._blocks_to_start(head, self.blocks.match(head))
-        claim = Claim(head, need, need - self.blocks.num_free, self.num_running >= self._max_seqs)
+        missing = self._blocks_to_start(head, self.blocks.match(head)) - self.blocks.num_free
+        size = self.blocks.blocks_for(head.num_tokens)
+        claim = Claim(head, size, missing, seatless=self.num_running >= self._max_seqs)
         if not claim.seatless and claim.missing <= 0:
             return
         num_active = self.shares.num_active

@@ -133,3 +133,23 @@ def test_nobody_starves_and_each_tenant_keeps_its_order(
             mine = [request.request_id for _, request in requests if request.tenant == tenant]
             assert [name for name in first_tokens if name in set(mine)] == mine
     assert engine.stats().used_blocks == 0 and engine.scheduler.shares.num_active == 0
+
+
+@pytest.mark.parametrize("steps_ahead", [1, 2])
+def test_two_that_are_larger_than_their_shares_take_turns_only_once(steps_ahead: int) -> None:
+    """Each finds most of its blocks in the cache, held by the other or just given up: it could come back for little."""
+    engine = make_engine(11, block_size=8, max_num_batched_tokens=1, steps_ahead=steps_ahead)
+    rng = random.Random(1)
+    begin = random_prompt(rng, 24)
+    requests = [
+        Request.create(tenant, begin + random_prompt(rng, 28), SamplingParams(max_tokens=9, seed=1), tenant=tenant)
+        for tenant in ("one", "two")
+    ]
+    for request in requests:
+        engine.add_request(request)
+    collected = Collected()
+    for _ in range(400):
+        collected.add(engine.step())
+    for request in requests:
+        assert collected.tokens[request.request_id, 0] == expected_tokens(request, 64, NEVER)[0][0]
+    assert engine.stats().preemptions <= 2
