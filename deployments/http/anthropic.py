@@ -90,7 +90,8 @@ async def _prompt(
     messages = body.chat()
     chat = ChatCompletionRequest(messages=messages, tools=body.openai_tools(), tool_choice=body.openai_tool_choice())
     tools = tools_of(chat)
-    ids = await service.encode_chat(messages, params, tools=chat.tools if tools[0] != "none" else None)
+    shown = chat.tools if tools[0] != "none" else None
+    ids = await service.encode_chat(messages, params, tools=shown, variables=body.variables())
     return tools, ids
 
 

@@ -43,6 +43,12 @@ class CountRequest(BaseModel):
     system: str | list[Block] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    """Its `type` reaches the chat template as `enable_thinking`."""
+
+    def variables(self) -> dict[str, Any]:
+        """What the chat template is told."""
+        return {} if self.thinking is None else {"enable_thinking": self.thinking.get("type") != "disabled"}
 
     def chat(self) -> list[dict[str, Any]]:
         """The messages as OpenAI has them. Raises RequestError for content this model cannot read."""
@@ -57,6 +63,10 @@ class CountRequest(BaseModel):
         """The tools as OpenAI has them."""
         if self.tools is None:
             return None
+        for number, tool in enumerate(self.tools):
+            if tool.get("type") not in (None, "custom"):
+                where = f"tools[{number}].type"
+                raise RequestError(f"{where}: got {tool['type']!r:.50}, allowed: custom", param=where)
         return [
             {
                 "type": "function",

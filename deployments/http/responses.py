@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import msgspec
@@ -17,13 +17,15 @@ from deployments.generation import Generation
 from deployments.http.body import parse, read_body
 from deployments.http.context import answer_headers, caller_of, check_model, service_of
 from deployments.http.errors import NotSupported, failure_of, request_id_of
+from deployments.http.logprobs import chat_logprobs
+from deployments.http.openai_replies import TokenLogprob
 from deployments.http.responses_types import ResponsesRequest
 from deployments.http.sse import start_stream, until_disconnect
 from deployments.http.structured import forced_calls, form_of, grammar_of, reasoning_tokens, tools_of
 from deployments.parsing.answer import AnswerDelta, AnswerForm, AnswerParser
 from deployments.service import ModelService
-from engine.errors import RequestError
-from engine.output import RequestOutput
+from engine.errors import PromptTooLong, RequestError
+from engine.output import Logprobs, RequestOutput
 
 _json = msgspec.json.Encoder()
 MAX_KEPT = 1000
@@ -137,8 +139,12 @@ class _Call:
         self.created = int(time.time())
         earlier = self._earlier()
         self.history = [*earlier, *body.messages()]
-        instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
-        self.chat = body.chat(instructions + self.history)
+        if body.max_output_tokens is not None and body.max_output_tokens < 1:
+            raise RequestError(
+                f"max_output_tokens: got {body.max_output_tokens}, allowed: at least 1", param="max_output_tokens"
+            )
+        self.instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
+        self.chat = body.chat(self.instructions + self.history)
         self.tool_mode, self.functions = tools_of(self.chat)
         self.form = AnswerForm()
         self.generation: Generation | None = None
@@ -157,15 +163,29 @@ class _Call:
         service, chat = self.service, self.chat
         given = chat.sampling()
         given["grammar"] = grammar_of(chat)
+        if chat.logprobs:
+            given["logprobs"] = chat.top_logprobs or 0
         if self.tool_mode in ("required", "named"):
             parallel = self.tool_mode == "required" and chat.parallel_tool_calls is not False
             given["grammar"] = forced_calls(self.functions, parallel=parallel)
         params = service.sampling_params(given, max_tokens=None)
         effort = {} if chat.reasoning_effort is None else {"reasoning_effort": chat.reasoning_effort}
         tools = chat.tools if self.tool_mode != "none" else None
-        ids = await service.encode_chat(chat.messages, params, tools=tools, variables=effort)
+        room = service.config.model_len - (params.max_tokens or 1)
+        for left_out in range(len(self.history)):
+            messages = self.instructions + self.history[left_out:]
+            ids = await service.encode_chat(messages, params, tools=tools, variables=effort)
+            if len(ids) <= room or self.body.truncation != "auto":
+                break
         self.form = form_of(service, self.tool_mode, ids, params)
-        self.generation = service.generate(ids, params, request_id=self.id)
+        try:
+            self.generation = service.generate(ids, params, request_id=self.id)
+        except PromptTooLong as error:
+            error.param = "max_output_tokens" if error.param == "max_tokens" else "input"
+            raise
+
+    def _logprobs(self, entries: Logprobs | None) -> list[TokenLogprob]:
+        return chat_logprobs(entries or [], self.body.top_logprobs or 0, self.service.tokenizer).content
 
     @property
     def _started(self) -> Generation:
@@ -176,7 +196,9 @@ class _Call:
         async with self._started as generation:
             result = await generation.finish()
         parser, items = AnswerParser(self.form), ItemWriter()
-        items.write(parser.push(result.outputs[0].text, last=True))
+        output = result.outputs[0]
+        logprobs = self._logprobs(output.logprobs)[reasoning_tokens(self.service, self.form, result) :]
+        items.write(parser.push(output.text, last=True), logprobs)
         items.close()
         return self._finished(result, items.items)
 
@@ -199,7 +221,7 @@ class _Call:
             async for deltas in generation:
                 for delta in deltas:
                     part = parser.push(delta.text, last=delta.finish_reason is not None)
-                    if events := items.write(part):
+                    if events := items.write(part, self._logprobs(delta.logprobs)):
                         yield told(events)
             result = generation.result
             assert result is not None
@@ -259,16 +281,21 @@ class ItemWriter:
     def __init__(self) -> None:
         self.items: list[Item] = []
         self._kind = ""
+        self._pending: list[TokenLogprob] = []
+        """Of tokens whose text has not come yet."""
 
-    def write(self, part: AnswerDelta) -> list[Item]:
-        """Add what a piece of text brought; the events of it."""
+    def write(self, part: AnswerDelta, logprobs: Sequence[TokenLogprob] = ()) -> list[Item]:
+        """Add what a piece of text brought, and its tokens' log-probabilities if asked for; the events of it."""
         events: list[Item] = []
+        self._pending = [] if part.reasoning and not part.content else [*self._pending, *logprobs]
         if part.reasoning:
             events += self._open("reasoning", _reasoning_item)
             events += self._add_text(part.reasoning, "response.reasoning_text.delta")
         if part.content and not (self._kind.startswith("call") and not part.content.strip()):
             events += self._open("message", _message_item)
-            events += self._add_text(part.content, "response.output_text.delta", logprobs=[])
+            pending, self._pending = self._pending, []
+            self.items[-1]["content"][0]["logprobs"] += pending
+            events += self._add_text(part.content, "response.output_text.delta", logprobs=pending)
         for call in part.calls:
             if call.id is not None and call.name is not None:
                 fields = {"call_id": call.id, "name": call.name}
@@ -311,7 +338,7 @@ class ItemWriter:
         else:
             part = item["content"][0]
             kind = "output_text" if item["type"] == "message" else "reasoning_text"
-            more: Item = {"logprobs": []} if kind == "output_text" else {}
+            more: Item = {"logprobs": part["logprobs"]} if kind == "output_text" else {}
             events.append(self._at(f"response.{kind}.done", content_index=0, text=part["text"], **more))
             events.append(self._at("response.content_part.done", content_index=0, part=dict(part)))
         events.append({"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": dict(item)})

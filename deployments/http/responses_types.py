@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -28,16 +28,23 @@ class ResponsesRequest(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     top_logprobs: int | None = None
+    include: list[str] | None = None
+    """message.output_text.logprobs is heeded."""
     text: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
-    truncation: str | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    """auto: the oldest items are left out where the context cannot hold all."""
     user: str | None = None
     safety_identifier: str | None = None
     """What OpenAI has in the place of `user`. Without API keys: the tenant, for fair shares."""
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.top_logprobs is not None or "message.output_text.logprobs" in (self.include or ())
 
     def messages(self) -> list[dict[str, Any]]:
         """The input's items as chat messages. Raises RequestError naming the item at fault."""
@@ -67,7 +74,9 @@ class ResponsesRequest(BaseModel):
             top_p=self.top_p,
             response_format=form,
             tools=tools,
-            tool_choice=choice if tools else None,
+            tool_choice=choice if tools or choice not in ("auto", "none") else None,
+            logprobs=self.wants_logprobs or None,
+            top_logprobs=self.top_logprobs,
             parallel_tool_calls=self.parallel_tool_calls,
             reasoning_effort=(self.reasoning or {}).get("effort"),
         )

@@ -107,6 +107,7 @@ def test_async(server):
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, 400, "invalid_request_error"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "invalid_request_error"),
         ({"tools": [TOOL], "tool_choice": {"type": "maybe"}}, 400, "invalid_request_error"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, 400, "invalid_request_error"),
     ],
 )
 def test_errors_in_its_shape(server, change, status, kind):
@@ -115,3 +116,12 @@ def test_errors_in_its_shape(server, change, status, kind):
     assert answer.status_code == status
     assert answer.json()["type"] == "error"
     assert answer.json()["error"]["type"] == kind
+
+
+def test_thinking_reaches_the_template(server, client, monkeypatch):
+    template = "{{ 'on' if enable_thinking is defined and enable_thinking else 'off off off' }}"
+    monkeypatch.setattr(server.service.tokenizer, "chat_template", template)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+    off = client.messages.count_tokens(**body).input_tokens
+    on = client.messages.count_tokens(**body, thinking={"type": "enabled", "budget_tokens": 1024}).input_tokens
+    assert on < off

@@ -136,6 +136,10 @@ def test_function_calls_and_their_results(client):
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"background": True}, "background"),
         ({"temperature": -1}, "temperature"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 9999}, "max_output_tokens"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"truncation": "sometimes"}, "truncation"),
     ],
 )
 def test_what_is_wrong_is_said(server, change, param):
@@ -163,3 +167,26 @@ def test_reasoning_tokens_are_counted(server, client, monkeypatch):
     answer = client.responses.create(model="tiny", input="Hi", max_output_tokens=6)
     assert answer.output[0].type == "reasoning"
     assert answer.usage.output_tokens_details.reasoning_tokens == answer.usage.output_tokens > 0
+
+
+def test_logprobs_of_the_text(client):
+    arguments = {"model": "tiny", "input": ASK, "temperature": 0, "top_logprobs": 2}
+    whole = client.responses.create(**arguments)
+    (part,) = whole.output[0].content
+    assert "".join(entry.token for entry in part.logprobs).startswith(part.text)
+    assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in part.logprobs)
+    events = list(client.responses.create(**arguments, stream=True))
+    told = [entry.token for e in events if e.type == "response.output_text.delta" for entry in e.logprobs or []]
+    assert told == [entry.token for entry in part.logprobs][: len(told)] and len(told) > 3
+    plain = client.responses.create(model="tiny", input=ASK, temperature=0, include=["message.output_text.logprobs"])
+    assert [entry.top_logprobs for entry in plain.output[0].content[0].logprobs] == [[]] * len(part.logprobs)
+
+
+def test_the_oldest_items_may_be_left_out(client):
+    items = [{"role": "user", "content": f"{number} " * 40} for number in range(20)]
+    items.append({"role": "user", "content": ASK})
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model="tiny", input=items, max_output_tokens=20)
+    assert caught.value.param == "input"
+    answer = client.responses.create(model="tiny", input=items, max_output_tokens=20, truncation="auto")
+    assert 100 < answer.usage.input_tokens <= 236
