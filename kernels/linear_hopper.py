@@ -157,10 +157,11 @@ class HopperConfig:
             compile_in_rehearsal("kernels.linear_hopper.product", repr(tile), kernel.compile)
         if x.is_meta or rows == 0:
             return out
-        tiles_m, tiles_n = -(-rows // tile.rows), -(-columns // tile.columns)
-        items, clusters = tiles_m * tiles_n * self.splits, _max_clusters(tile, x.device)
+        tiles_m, tiles_n, steps = -(-rows // tile.rows), -(-columns // tile.columns), -(-size // DEPTH)
+        splits = self.splits if self.splits <= steps else 1
+        items, clusters = tiles_m * tiles_n * splits, _max_clusters(tile, x.device)
         partial = arrived = None
-        if self.splits > 1:
+        if splits > 1:
             # Splits of one tile wait for each other; neighbours in the order of the work, they are under way together.
             assert items <= clusters and items * tile.cluster_m * tile.cluster_n <= MAX_TILES
             partial, arrived = (buffer.data_ptr() for buffer in _workspace(x.device))
@@ -175,7 +176,7 @@ class HopperConfig:
             pointer(arrived),
             ctypes.c_longlong(columns),
             ctypes.c_longlong(residual.stride(0) if residual is not None else 0),
-            *(integer(value) for value in (rows, columns, -(-size // DEPTH), tiles_m, tiles_n, self.splits)),
+            *(integer(value) for value in (rows, columns, steps, tiles_m, tiles_n, splits)),
             ctypes.c_uint64(_NORMAL),
             ctypes.c_uint64(_FIRST_OUT if tiles_m == 1 else _NORMAL),
         ]

@@ -24,7 +24,10 @@ from torch import Tensor
 
 from kernels import paged_decode, paged_prefill
 from kernels.activation import silu_and_mul
+from kernels.launch import num_multiprocessors
+from kernels.linear_configs import Config
 from kernels.linear_gemv import GemvConfig
+from kernels.linear_hopper import HopperConfig, Tile
 from kernels.linear_stream import LinearConfig
 from kernels.paged_decode import DecodeConfig
 from kernels.paged_prefill import PrefillConfig
@@ -55,10 +58,24 @@ class Product:
 
     name: str
     rows: int
-    config: GemvConfig | LinearConfig
+    config: Config
 
 
-def candidates(rows: int, operation: str) -> list[GemvConfig | LinearConfig]:
+def hopper_candidates(rows: int, operation: str, columns: int, size: int) -> list[Config]:
+    """Tiles of every width, in the clusters that suit the rows; K split where all splits run at one time."""
+    gated, groups = "silu" in operation, -(-rows // 64)
+    blocks = [(groups, 1, 2)] if groups <= 3 else [(2, 2, 1), (3, 2, 1), (2, 1, 2)]
+    found: list[Config] = []
+    for (tile_groups, cluster_m, cluster_n), width, splits in itertools.product(blocks, range(64, 257, 32), (1, 2, 4)):
+        tile = Tile(tile_groups, width, cluster_m, cluster_n, gated)
+        clusters = -(-rows // tile.rows) * -(-columns // (2 if gated else 1) // tile.columns) * splits
+        fits = clusters * cluster_m * cluster_n <= num_multiprocessors(torch.device("cuda", 0))
+        if splits == 1 or (fits and tile.can_split and size >= 1024 * splits):
+            found.append(HopperConfig(tile_groups, width, cluster_m, cluster_n, splits))
+    return found
+
+
+def candidates(rows: int, operation: str, columns: int, size: int) -> list[Config]:
     """Configs worth trying for this many rows: (BN, BK, warps, stages, programs a multiprocessor, swap)."""
     gated = "silu" in operation
     if rows <= 16:
@@ -69,27 +86,9 @@ def candidates(rows: int, operation: str) -> list[GemvConfig | LinearConfig]:
             (64, 64, 4, 6, 4, True), (64, 256, 4, 4, 1, True), (128, 64, 4, 5, 2, True), (128, 128, 8, 3, 2, True),
         ]  # fmt: skip
         tiles = [16]
-    elif rows <= 64:
-        table = [
-            (32, 128, 4, 4, 2, False), (64, 64, 4, 5, 3, False), (64, 128, 4, 4, 2, False), (64, 128, 4, 3, 3, False),
-            (128, 64, 4, 4, 2, False), (128, 64, 4, 5, 2, False), (128, 128, 8, 3, 1, False),
-            (64, 128, 4, 4, 2, True), (128, 64, 4, 5, 2, True), (128, 128, 8, 4, 1, True),
-        ]  # fmt: skip
-        tiles = [32 if rows <= 32 else 64]
-    elif rows <= 128:
-        table = [
-            (64, 64, 4, 4, 2, False), (64, 128, 8, 4, 1, False), (128, 64, 8, 4, 1, False), (128, 64, 8, 6, 1, False),
-            (128, 64, 4, 3, 2, False), (128, 128, 8, 3, 1, False), (64, 64, 4, 4, 3, False), (128, 64, 8, 4, 1, True),
-        ]  # fmt: skip
-        tiles = [64, 128]
     else:
-        table = [
-            (128, 64, 8, 4, 1, False), (128, 64, 8, 6, 1, False), (128, 64, 4, 3, 2, False), (128, 128, 8, 3, 1, False),
-            (256, 64, 8, 3, 1, False), (256, 64, 8, 4, 1, False), (64, 64, 4, 4, 2, False), (64, 128, 8, 4, 1, False),
-            (128, 64, 8, 4, 1, True), (128, 32, 8, 6, 1, False), (64, 64, 4, 5, 2, False),
-        ]  # fmt: skip
-        tiles = [128, 256]
-    out: list[GemvConfig | LinearConfig] = []
+        return hopper_candidates(rows, operation, columns, size)
+    out: list[Config] = []
     if rows == 1:
         out += [GemvConfig(bn, bk, warps) for bn, bk, warps in GEMV if not (gated and bn * bk > 8192)]
     for (bn, bk, warps, stages, programs, swap), bm in itertools.product(table, tiles):
@@ -177,14 +176,14 @@ def tune_products(names: list[str], rows: list[int], workers: int, bandwidth: fl
         Product(name, m, config)
         for name in names
         for m in rows
-        for operation in [PRODUCTS[name][2]]
+        for columns, size, operation in [PRODUCTS[name]]
         if not (operation.startswith("norm") and m > 16) and not (name == "head" and m not in (1, 256))
-        for config in candidates(m, operation)
+        for config in candidates(m, operation, columns, size)
     ]
     start = time.time()
     tried = [pair for part in pool.map(try_products, spread(items, workers)) for pair in part]
     print(f"{len(items)} products compiled and checked in {time.time() - start:.0f} s")
-    passed: dict[tuple[str, int], list[GemvConfig | LinearConfig]] = defaultdict(list)
+    passed: dict[tuple[str, int], list[Config]] = defaultdict(list)
     for item, result in tried:
         if isinstance(result, float) and result < 1.2e-2:
             passed[item.name, item.rows].append(item.config)
@@ -194,16 +193,16 @@ def tune_products(names: list[str], rows: list[int], workers: int, bandwidth: fl
 
 
 def time_products(
-    name: str, m: int, configs: list[GemvConfig | LinearConfig], bandwidth: float
+    name: str, m: int, configs: list[Config], bandwidth: float
 ) -> list[dict[str, Any]]:
     """Time the configs of one product, then the best few with weights fetched early; prints the best three."""
     columns, size, _ = PRODUCTS[name]
     weight_bytes = columns * size * 2
     weights, inputs = make_product(name, m, max(2, min(16, (600 << 20) // weight_bytes)))
     library = time_us([partial(library_product, w, inputs) for w in weights])
-    timed: list[tuple[float, GemvConfig | LinearConfig]] = []
+    timed: list[tuple[float, Config]] = []
 
-    def measure(config: GemvConfig | LinearConfig) -> None:
+    def measure(config: Config) -> None:
         timed.append((time_us([partial(config.product, weight=w, **inputs) for w in weights]), config))
 
     for config in configs:
