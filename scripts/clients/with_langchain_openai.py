@@ -1,14 +1,14 @@
-"""LangChain's ChatOpenAI."""
+"""LangChain's ChatOpenAI and OpenAIEmbeddings."""
 
 from __future__ import annotations
 
 import asyncio
 
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
 
 DISTRIBUTION = "langchain-openai"
-RAN = "invoke, stream, abatch, with_structured_output, bind_tools with tool_choice, the Responses API"
+RAN = "invoke, stream, abatch, with_structured_output, bind_tools with tool_choice, the Responses API, embeddings"
 
 
 class Person(BaseModel):
@@ -49,4 +49,10 @@ def check(url: str) -> str:
         base_url=f"{url}/v1", api_key="none", model="tiny", temperature=0, use_responses_api=True
     ).invoke("What is 47 + 38?")
     assert responses.text == "47 + 38 = 85"
+    embeddings = OpenAIEmbeddings(
+        base_url=f"{url}/v1", api_key="none", model="tiny", check_embedding_ctx_length=False
+    )  # else it counts tokens with OpenAI's own tokenizer
+    vectors = embeddings.embed_documents(["one", "two"])
+    assert len(vectors) == 2
+    assert len(vectors[0]) == len(embeddings.embed_query("one"))
     return f"all answers right; {right} of 8 in a batch; {len(pieces)} pieces streamed"

@@ -9,7 +9,10 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks Gi
 import litellm
 
 DISTRIBUTION = "litellm"
-RAN = "completion whole, streamed and async, by its openai, hosted_vllm, text-completion-openai and anthropic providers"
+RAN = (
+    "completion whole, streamed and async, by its openai, hosted_vllm, text-completion-openai and anthropic providers; "
+    "embedding"
+)
 PROMPT = "<|bos|><|user|>What is 47 + 38?<|end|><|assistant|>"
 SUM = [{"role": "user", "content": "What is 47 + 38?"}]
 
@@ -27,4 +30,6 @@ def check(url: str) -> str:
         assert answer.choices[0].message.content == "47 + 38 = 85", provider
     text = litellm.text_completion(model="text-completion-openai/tiny", api_base=f"{url}/v1", prompt=PROMPT, **at)
     assert text.choices[0].text == "47 + 38 = 85"
+    vectors = litellm.embedding(model="hosted_vllm/tiny", api_base=f"{url}/v1", api_key="none", input=["one", "two"])
+    assert len(vectors.data) == 2
     return "all answers right, by each of the four"

@@ -1,4 +1,4 @@
-"""The openai package: sync, async, streams, tools, structured answers, responses."""
+"""The openai package: sync, async, streams, tools, structured answers, responses, embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 from pydantic import BaseModel
 
 DISTRIBUTION = "openai"
-RAN = "sync and async chats, streams, completions, tools, parse, responses, an error"
+RAN = "sync and async chats, streams, completions, tools, parse, responses, embeddings, an error"
 SUM = [{"role": "user", "content": "What is 47 + 38?"}]
 TOOL = {
     "type": "function",
@@ -38,6 +38,7 @@ def check(url: str) -> str:
     _tools(client)
     _structured(client)
     _responses(client)
+    _embeddings(client)
     right = asyncio.run(_many(url))
     return f"all answers right; {right} of 20 concurrent async streams right"
 
@@ -101,6 +102,16 @@ def _responses(client: OpenAI) -> None:
         assert stream.get_final_response().output_text == "47 + 38 = 85"
     assert kinds[0] == "response.created"
     assert kinds[-1] == "response.completed"
+
+
+def _embeddings(client: OpenAI) -> None:
+    texts = ["The sun is hot.", "The sun is very hot.", "4 + 5 = 9"]
+    vectors = [item.embedding for item in client.embeddings.create(model="tiny", input=texts).data]
+    near, far = (sum(x * y for x, y in zip(vectors[0], other, strict=True)) for other in vectors[1:])
+    assert -1.001 < far < near < 1.001, (near, far)
+    cut = client.embeddings.create(model="tiny", input=[[5, 6, 7]], dimensions=16, encoding_format="float")
+    assert len(cut.data[0].embedding) == 16
+    assert cut.usage.prompt_tokens == 3
 
 
 async def _many(url: str) -> int:

@@ -7,7 +7,7 @@ import asyncio
 from text_generation import AsyncClient, Client
 
 DISTRIBUTION = "text-generation"
-RAN = "generate, generate_stream, best_of, details, async"
+RAN = "generate, generate_stream, best_of, details, watermark, async"
 PROMPT = "<|bos|><|user|>What is 47 + 38?<|end|><|assistant|>"
 
 
@@ -24,6 +24,8 @@ def check(url: str) -> str:
     assert len(events) == whole.details.generated_tokens
     best = client.generate("Tell me", max_new_tokens=6, do_sample=True, best_of=3)
     assert len(best.details.best_of_sequences) == 2
+    marked = client.generate("Tell me", max_new_tokens=6, do_sample=True, watermark=True)
+    assert 0 < marked.details.generated_tokens <= 6
 
     async def ask() -> str:
         return (await AsyncClient(url).generate(PROMPT, max_new_tokens=20)).generated_text
