@@ -5,7 +5,7 @@
 # - a request is sent on when it is whole (or fills the buffer): only such a one can be sent to another replica, when the
 #   first one dies before it answers (RAY_SERVE_HAPROXY_RETRY_ON);
 # - what it answers when no replica does is no bare 500, but a 503 that says when to come back, in OpenAI's shape;
-# - when Serve's actor above it ends, it takes no more connections and ends with its last stream (SIGUSR1), neither at
+# - when Serve's actor above it dies, it takes no more connections and ends with its last stream (SIGUSR1), neither at
 #   once (in a session of its own it is not of the actor's process group, which Ray ends) nor never.
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${MANTA_PYTHON:-$root/.venv/bin/python}

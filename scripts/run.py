@@ -28,6 +28,7 @@ from deployments.config import IMPORT_PATH, REPOSITORY, check_file, parse_overri
 from engine.errors import MantaError
 from engine.model_config import ModelConfig, resolve
 from engine.worker.preparation import Preparation
+from scripts.stop import stop_serving
 
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 60.0
@@ -46,8 +47,6 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10),  # of which a request must fit into one, to be sent again
     # Every change of replicas has a new HAProxy take over; the old one ends streams that still run after this long.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
-    # `serve shutdown` ends the proxy's actor at once. Its child HAProxy is left to finish its streams; see haproxy.sh.
-    "RAY_kill_child_processes_on_worker_exit": "0",
     "RAY_SERVE_HAPROXY_BINARY_PATH": str(REPOSITORY / "scripts/haproxy.sh"),
     "MANTA_PYTHON": sys.executable,
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -167,12 +166,9 @@ class Application:
     def close(self) -> None:
         """Take Serve down, after the requests in flight."""
         import ray
-        from ray import serve
 
         if ray.is_initialized():
-            with contextlib.suppress(Exception):  # it may be gone already
-                serve.delete(self.name)  # replicas finish what they run; a shutdown alone ends the proxy under it
-            serve.shutdown()
+            stop_serving([self.name])
             ray.shutdown()
 
     def _connect(self) -> None:

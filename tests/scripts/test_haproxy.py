@@ -155,7 +155,7 @@ def test_no_replica_at_all_is_503_and_says_when_to_come_back(site: Any) -> None:
 
 
 def test_streams_outlive_the_process_above(site: Any) -> None:
-    """`serve shutdown` kills it, and Ray its process group: what runs is finished, nothing is taken, and it ends."""
+    """Serve's actor was killed, and Ray ends its process group: what runs is finished, nothing is taken, it ends."""
     url, one, two, parent = site
     (haproxy,) = psutil.Process(parent.pid).children()
     with httpx.stream("GET", f"{url}/stream") as answer:
