@@ -3,9 +3,10 @@
 `--roll` does no harm: it deploys a changed configuration again and again, and no stream may fail.
 
 Streams over HTTP and through handles, greedy and sampled, one sample and two, run all the time; what each must give is
-learnt first, undisturbed. Then a seeded schedule of faults: ranks killed, stopped, two at once and again during the
-recovery, the driver killed, a replica killed when there are others. At the end a table. Exits with 1 when an accepted
-stream ended with other text or without a word, a block was leaked, or an engine recovered from nothing.
+learnt first, undisturbed. Then a seeded schedule of faults: ranks killed, stopped, hung, raising, two at once and again
+during the recovery, the driver killed, a flood, a replica killed when there are others. At the end a table. Exits with
+1 when an accepted stream ended with other text, cut or without a word, a block was leaked, or an engine recovered from
+nothing. Only a replica's death may cost its HTTP streams an error event.
 """
 
 from __future__ import annotations
@@ -15,28 +16,30 @@ import asyncio
 import itertools
 import os
 import random
-import signal
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import psutil
 import ray
-from ray import serve
 from tqdm import tqdm
 
-from deployments.app import build
+from deployments.handle import ModelHandle
+from engine.errors import EngineOverloaded, EngineUnavailable
+from scripts.chaos_faults import Faults, Flood
 from scripts.chaos_site import Site
 from scripts.soak import Answer, Job, ask
 
 LOST_AFTER_S = 120.0
 READY_WITHIN_S = 90.0
 REFUSED = ("429:", "503:")
+RANKS = 2
+MAX_WAITING = 100
+"""Requests that may wait at one replica: fewer than a flood has."""
 
 
 @dataclass
@@ -44,6 +47,8 @@ class Tally:
     """What became of everything."""
 
     accepted: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Accepted, by how and what was asked."""
     identical: int = 0
     failed: list[str] = field(default_factory=list)
     """Told by an error."""
@@ -56,6 +61,7 @@ class Tally:
     faults: Counter[str] = field(default_factory=Counter)
     false_alarms: int = 0
     leaked: int = 0
+    flood: Flood = field(default_factory=Flood)
 
 
 def jobs(count: int, seed: int, max_tokens: int) -> list[Job]:
@@ -80,7 +86,7 @@ class Load:
         self.stopping = asyncio.Event()
         limits = httpx.Limits(max_connections=None)
         self.http = httpx.AsyncClient(base_url=site.url, timeout=LOST_AFTER_S, limits=limits)
-        self._handle = serve.get_app_handle(site.application)
+        self._handle = ModelHandle(site.application)
 
     async def learn(self) -> None:
         """Ask each request once, with nothing else going on."""
@@ -95,7 +101,8 @@ class Load:
         while not self.stopping.is_set():
             number = (number + 7) % len(self.jobs)
             job, want = self.jobs[number], self.expected[number]
-            what = f"{'handle' if by_handle else 'http'} request {number}"
+            how = f"{'handle' if by_handle else 'HTTP'}, {kind_of(job)}"
+            what = f"{how}, request {number}"
             try:
                 async with asyncio.timeout(LOST_AFTER_S):
                     answer = await (self._by_handle(job) if by_handle else self._by_http(job))
@@ -107,6 +114,7 @@ class Load:
                 self.tally.refused += 1
                 await asyncio.sleep(0.5)
                 continue
+            self.tally.kinds[how] += 1
             self._judge(what, answer, want)
 
     def _judge(self, what: str, answer: Answer, want: dict[int, str]) -> None:
@@ -130,7 +138,8 @@ class Load:
         except httpx.ConnectError:
             return None
         except httpx.HTTPError as error:
-            return Answer(error=f"connection cut: {error!r}")
+            self.tally.lost.append(f"cut: {error!r}")
+            return None
         return None if answer.error is not None and answer.error.startswith(REFUSED) else answer
 
     async def _by_handle(self, job: Job) -> Answer | None:
@@ -138,78 +147,25 @@ class Load:
         answer = Answer()
         try:
             if "n" in params:
-                texts = await self._handle.remote(job.body["prompt"], **params)
+                texts = await self._handle.generate(job.body["prompt"], **params)
                 answer.texts = dict(enumerate(texts))
             else:
                 pieces = []
-                async for piece in self._handle.options(stream=True).remote(job.body["prompt"], **params):
+                async for piece in self._handle.stream(job.body["prompt"], **params):
                     answer.times_s.append(time.perf_counter())
                     pieces.append(piece)
                 answer.texts = {0: "".join(pieces)}
             answer.done = True
         except Exception as error:  # whatever Ray raises is what a caller is told
-            if "EngineUnavailable" in repr(error) and not answer.times_s:
+            if isinstance(error, EngineUnavailable | EngineOverloaded) and not answer.times_s:
                 return None
             answer.error = f"{type(error).__name__}: {error}"[:300]
         return answer
 
 
-class Faults:
-    """The faults, by name."""
-
-    def __init__(self, site: Site, seed: int, replicas: int, *, roll: bool) -> None:
-        self.site, self.rng = site, random.Random(seed)
-        self._num_rolls = 0
-        if roll:
-            self.by_name: dict[str, Callable[[], Any]] = {"configuration rolled": self.roll}
-            return
-        self.by_name = {
-            "rank killed": self.kill_rank,
-            "driver killed": self.kill_driver,
-            "rank stopped": self.stop_rank,
-            "two ranks killed at once": self.kill_two,
-            "rank killed again during the recovery": self.kill_again,
-        }
-        if replicas > 1:
-            self.by_name["replica killed"] = self.kill_replica
-
-    def names(self) -> list[str]:
-        """One round of all of them, in a seeded order."""
-        return self.rng.sample(list(self.by_name), len(self.by_name))
-
-    async def kill_rank(self) -> None:
-        self._signal(self.rng.choice(self._ranks()), signal.SIGKILL)
-
-    async def stop_rank(self) -> None:
-        self._signal(self.rng.choice(self._ranks()), signal.SIGSTOP)
-
-    async def kill_two(self) -> None:
-        for process in self.rng.sample(self._ranks(), 2):
-            self._signal(process, signal.SIGKILL)
-
-    async def kill_again(self) -> None:
-        await self.kill_rank()
-        await asyncio.sleep(self.rng.uniform(0.5, 2.0))
-        if ranks := self.site.processes("rank"):
-            self._signal(ranks[0], signal.SIGKILL)
-
-    async def kill_driver(self) -> None:
-        self._signal(self.rng.choice(self.site.processes("driver")), signal.SIGKILL)
-
-    async def kill_replica(self) -> None:
-        self._signal(self.rng.choice(self.site.processes("replica")), signal.SIGKILL)
-
-    async def roll(self) -> None:
-        """Deploy the application again, with a change that needs new replicas."""
-        self._num_rolls += 1
-        changed = build({**self.site.args, "max_waiting_requests": 1024 + self._num_rolls})
-        await asyncio.to_thread(serve.run, changed, name=self.site.application, route_prefix="/")
-
-    def _ranks(self) -> list[psutil.Process]:
-        return self.site.processes("rank")
-
-    def _signal(self, process: psutil.Process, number: signal.Signals) -> None:
-        process.send_signal(number)
+def kind_of(job: Job) -> str:
+    """greedy or sampled, and how many samples."""
+    return ("greedy" if job.body["temperature"] == 0 else "sampled") + (", n = 2" if "n" in job.body else "")
 
 
 async def engines(http: httpx.AsyncClient, replicas: int) -> dict[str, dict[str, Any]]:
@@ -227,6 +183,11 @@ async def engines(http: httpx.AsyncClient, replicas: int) -> dict[str, dict[str,
             break
         await asyncio.sleep(0.05)
     return found
+
+
+def new_recoveries(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> int:
+    """Recoveries of engines since they were last looked at."""
+    return sum(max(0, stats["recoveries"] - before.get(name, stats)["recoveries"]) for name, stats in after.items())
 
 
 async def settled(load: Load, replicas: int, number_of: dict[str, int]) -> float | None:
@@ -254,7 +215,7 @@ async def chaos(site: Site, options: argparse.Namespace) -> Tally:
     load = Load(site, jobs(options.jobs, options.seed, options.max_tokens), tally)
     await load.learn()
     faults = Faults(site, options.seed, options.replicas, roll=options.roll)
-    number_of = {kind: len(site.processes(kind)) for kind in ("rank", "driver", "replica")}
+    number_of = {"rank": RANKS * options.replicas, "driver": options.replicas, "replica": options.replicas}
     by_handle = options.streams // 4
     workers = [
         asyncio.ensure_future(load.run(worker, by_handle=worker < by_handle)) for worker in range(options.streams)
@@ -264,11 +225,9 @@ async def chaos(site: Site, options: argparse.Namespace) -> Tally:
     todo = faults.names()
     with tqdm(total=round(options.minutes * 60), desc="faults", unit="s") as bar:
         while todo or time.perf_counter() - began_s < options.minutes * 60:
-            quiet_s = faults.rng.uniform(2, 5)
-            await asyncio.sleep(quiet_s)
+            await asyncio.sleep(faults.rng.uniform(1, 2) if options.short else faults.rng.uniform(2, 5))
             now = await engines(load.http, options.replicas)
-            for name, stats in now.items():
-                tally.false_alarms += max(0, stats["recoveries"] - known.get(name, stats)["recoveries"])
+            tally.false_alarms += new_recoveries(known, now)
             todo = todo or faults.names()
             fault = todo.pop(0)
             bar.set_postfix_str(fault)
@@ -277,7 +236,8 @@ async def chaos(site: Site, options: argparse.Namespace) -> Tally:
             await asyncio.sleep(0.3)
             ready_s = await settled(load, options.replicas, number_of)
             if ready_s is None:
-                tally.lost.append(f"not ready {READY_WITHIN_S:g} s after {fault}:\n{''.join(site.output[-30:])}")
+                alive = {kind: len(site.processes(kind)) for kind in number_of}
+                tally.lost.append(f"not ready {READY_WITHIN_S:g} s after {fault}; processes that live: {alive}")
                 break
             tally.recovery_s.append(0.3 + ready_s)
             known = await engines(load.http, options.replicas)
@@ -286,20 +246,25 @@ async def chaos(site: Site, options: argparse.Namespace) -> Tally:
     await asyncio.gather(*workers)
     for _ in range(100):
         last = await engines(load.http, options.replicas)
+        tally.false_alarms += new_recoveries(known, last)
+        known = last
         tally.leaked = sum(stats["used_blocks"] for stats in last.values())
         if not tally.leaked and not any(stats["running"] or stats["waiting"] for stats in last.values()):
             break
         await asyncio.sleep(0.1)
     await load.http.aclose()
+    tally.flood = faults.flood_total
     return tally
 
 
 def report(tally: Tally) -> bool:
     """Print the table; whether all is well."""
     told = ", ".join(f"{count} × {name}" for name, count in sorted(tally.faults.items()))
+    kinds = ", ".join(f"{count} × {name}" for name, count in sorted(tally.kinds.items()))
+    flood = tally.flood
     rows: list[tuple[str, object]] = [
         ("faults injected", f"{sum(tally.faults.values())}: {told}"),
-        ("requests accepted", tally.accepted),
+        ("requests accepted", f"{tally.accepted}: {kinds}"),
         ("finished identical", tally.identical),
         ("failed with an error", len(tally.failed)),
         ("lost", len(tally.lost)),
@@ -308,13 +273,17 @@ def report(tally: Tally) -> bool:
         ("ready again after", f"{statistics.median(tally.recovery_s or [0.0]):.1f} s (median)"),
         ("false alarms", tally.false_alarms),
         ("refused, asked again", tally.refused),
+        (
+            "a flood's requests",
+            f"{flood.accepted} answered, {flood.refused} × 429 with Retry-After, {flood.wrong} else",
+        ),
     ]
     for name, value in rows:
         print(f"| {name} | {value} |")
     for line in [*tally.lost, *tally.failed][:20]:
         print(line, file=sys.stderr)
     only_replicas = not tally.failed or tally.faults["replica killed"] > 0
-    return not tally.lost and not tally.leaked and not tally.false_alarms and only_replicas
+    return not tally.lost and not tally.leaked and not tally.false_alarms and not flood.wrong and only_replicas
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -323,19 +292,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=24, help="different requests")
-    parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=12, help="different requests")
+    parser.add_argument("--max-tokens", type=int, default=80)
     parser.add_argument("--roll", action="store_true", help="only roll the configuration, instead of faults")
     parser.add_argument("--short", action="store_true", help="every fault once, fewer and shorter streams")
     options = parser.parse_args(arguments)
     if options.short:
-        options.minutes, options.streams, options.jobs, options.max_tokens = 0.0, 12, 8, 80
+        options.minutes, options.streams, options.jobs, options.max_tokens = 0.0, 12, 8, 60
     return options
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    changes: dict[str, Any] = {"tensor_parallel_size": 2, "num_replicas": options.replicas, "max_num_seqs": 64}
+    changes: dict[str, Any] = {"tensor_parallel_size": RANKS, "num_replicas": options.replicas, "max_num_seqs": 64}
+    changes["max_waiting_requests"] = MAX_WAITING
     with Site(**changes) as site:
         os.environ.update(site.environment)
         ray.init(address="auto", log_to_driver=False)

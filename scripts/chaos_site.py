@@ -37,7 +37,7 @@ class Site:
         content["http_options"]["port"] = port = _free_port()
         content["applications"][0]["args"] |= self._changes
         self.args: dict[str, Any] = content["applications"][0]["args"]
-        path = self._folder / "app.yaml"
+        self.path = path = self._folder / "app.yaml"
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
         self.url, self.application = f"http://127.0.0.1:{port}", content["applications"][0]["name"]
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}

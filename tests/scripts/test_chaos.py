@@ -10,6 +10,8 @@ import pytest
 
 from scripts.chaos_site import REPOSITORY
 
+KINDS = [f"{how}, {what}" for how in ("HTTP", "handle") for what in ("greedy", "sampled", "sampled, n = 2")]
+
 
 @pytest.mark.serve
 def test_nothing_is_lost() -> None:
@@ -17,7 +19,9 @@ def test_nothing_is_lost() -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-8000:]
     figures = dict(re.findall(r"^\| ([^|]+) \| (\d+)", done.stdout, re.MULTILINE))
-    assert int(figures["faults injected"]) >= 5
+    assert int(figures["faults injected"]) == 8
     assert int(figures["requests accepted"]) == int(figures["finished identical"]) > 10
+    assert all(re.search(rf"[1-9]\d* × {kind}[,\s]", done.stdout) for kind in KINDS), done.stdout
     for name in ("failed with an error", "lost", "blocks leaked", "false alarms"):
         assert figures[name] == "0"
+    assert re.search(r"flood's requests \| \d+ answered, [1-9]\d* × 429 with Retry-After, 0 else", done.stdout)

@@ -1,0 +1,183 @@
+"""What `scripts.chaos` does to a served model, by name: from outside, with signals, ptrace and requests."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+from ray import serve
+
+from deployments.app import build
+from scripts.chaos_site import REPOSITORY, Site
+
+SYS_PIDFD_GETFD = 438
+FLOOD_REQUESTS = 400
+FLOOD_TOKENS = 4
+SAMPLE_S = 0.5
+HELD_S = 60.0
+"""A rank that hangs longer has not been noticed."""
+
+
+@dataclass
+class Flood:
+    """What became of a flood's requests."""
+
+    accepted: int = 0
+    refused: int = 0
+    """429 with Retry-After."""
+    wrong: int = 0
+    """Anything else."""
+
+
+class Faults:
+    """The faults, by name."""
+
+    def __init__(self, site: Site, seed: int, replicas: int, *, roll: bool) -> None:
+        self.site, self.rng = site, random.Random(seed)
+        self.flood_total = Flood()
+        self._num_rolls = 0
+        if roll:
+            self.by_name: dict[str, Callable[[], Awaitable[None]]] = {"configuration rolled": self.roll}
+            return
+        self.by_name = {
+            "rank killed": self.kill_rank,
+            "driver killed": self.kill_driver,
+            "rank stopped": self.stop_rank,
+            "two ranks killed at once": self.kill_two,
+            "rank killed again during the recovery": self.kill_again,
+            "rank raising in a step": self.cut_ranks,
+            "rank hung in a step": self.hang_rank,
+            "flood": self.flood,
+        }
+        if replicas > 1:
+            self.by_name["replica killed"] = self.kill_replica
+
+    def names(self) -> list[str]:
+        """One round of all of them, in a seeded order."""
+        return self.rng.sample(list(self.by_name), len(self.by_name))
+
+    async def kill_rank(self) -> None:
+        self.rng.choice(self._ranks()).kill()
+
+    async def stop_rank(self) -> None:
+        self.rng.choice(self._ranks()).send_signal(signal.SIGSTOP)
+
+    async def kill_two(self) -> None:
+        for process in self.rng.sample(self._ranks(), 2):
+            process.kill()
+
+    async def kill_again(self) -> None:
+        await self.kill_rank()
+        await asyncio.sleep(self.rng.uniform(0.5, 2.0))
+        if ranks := self._ranks():
+            ranks[0].kill()
+
+    async def cut_ranks(self) -> None:
+        """Cut the connections between two ranks: the collective of the step that runs raises."""
+        while not cut_between(ranks := self._ranks()):
+            assert ranks, "no ranks are connected to each other"
+            await asyncio.sleep(0.1)
+
+    async def hang_rank(self) -> None:
+        """Hold the thread that computes, and nothing else, until the rank is replaced."""
+        rank = self.rng.choice(self._ranks())
+        thread = await busiest_thread(rank.pid)
+        command = [sys.executable, "-m", "scripts.chaos_hold", str(thread)]
+        holder = await asyncio.create_subprocess_exec(*command, cwd=REPOSITORY, stdout=asyncio.subprocess.PIPE)
+        assert holder.stdout is not None
+        assert await holder.stdout.readline() == b"held\n"
+        try:
+            async with asyncio.timeout(HELD_S):
+                await holder.wait()
+        except TimeoutError:
+            holder.kill()  # and the rank goes on
+
+    async def kill_driver(self) -> None:
+        self.rng.choice(self.site.processes("driver")).kill()
+
+    async def kill_replica(self) -> None:
+        self.rng.choice(self.site.processes("replica")).kill()
+
+    async def flood(self) -> None:
+        """One tenant asks more at once than may wait: it is refused, at once and with when to come back."""
+        body = {"prompt": "a", "max_tokens": FLOOD_TOKENS, "ignore_eos": True}
+        limits = httpx.Limits(max_connections=None)
+        headers = {"x-manta-tenant": "flood"}
+        total = self.flood_total
+
+        async def one(http: httpx.AsyncClient) -> None:
+            try:
+                answer = await http.post("/v1/completions", json=body)
+            except httpx.HTTPError:
+                total.wrong += 1
+                return
+            total.accepted += answer.status_code == 200
+            refused = answer.status_code == 429 and "retry-after" in answer.headers
+            total.refused += refused
+            total.wrong += answer.status_code != 200 and not refused
+
+        async with httpx.AsyncClient(base_url=self.site.url, timeout=120, limits=limits, headers=headers) as http:
+            await asyncio.gather(*[one(http) for _ in range(FLOOD_REQUESTS)])
+
+    async def roll(self) -> None:
+        """Deploy the application again, with a change that needs new replicas."""
+        self._num_rolls += 1
+        changed = build({**self.site.args, "max_waiting_requests": 1024 + self._num_rolls})
+        await asyncio.to_thread(serve.run, changed, name=self.site.application, route_prefix="/")
+
+    def _ranks(self) -> list[psutil.Process]:
+        return self.site.processes("rank")
+
+
+def cut_between(processes: list[psutil.Process]) -> int:
+    """Shut down the TCP connections that two of these processes have with each other; how many ends there were."""
+    ends: dict[tuple[object, object], tuple[int, int]] = {}
+    for process in processes:
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_ESTABLISHED:
+                ends[connection.laddr, connection.raddr] = (process.pid, connection.fd)
+    shared = [end for (here, there), end in ends.items() if (there, here) in ends]
+    for pid, fd in shared:
+        with borrowed(pid, fd) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+    return len(shared)
+
+
+def borrowed(pid: int, fd: int) -> socket.socket:
+    """A socket of another process as one of ours."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    process = os.pidfd_open(pid)
+    try:
+        copy = libc.syscall(SYS_PIDFD_GETFD, process, fd, 0)
+    finally:
+        os.close(process)
+    if copy < 0:
+        raise OSError(ctypes.get_errno(), f"descriptor {fd} of process {pid} cannot be had")
+    return socket.socket(fileno=copy)
+
+
+async def busiest_thread(pid: int) -> int:
+    """The thread of a process that computes most, by half a second's measure."""
+    before = _ticks(pid)
+    await asyncio.sleep(SAMPLE_S)
+    after = _ticks(pid)
+    return max(after, key=lambda thread: after[thread] - before.get(thread, 0))
+
+
+def _ticks(pid: int) -> dict[int, int]:
+    """Processor time of each thread, in clock ticks."""
+    used = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        fields = (task / "stat").read_text().rpartition(")")[2].split()
+        used[int(task.name)] = int(fields[11]) + int(fields[12])
+    return used
