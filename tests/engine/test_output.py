@@ -254,3 +254,14 @@ def test_without_detokenizing_texts_are_empty() -> None:
         processor.add(Request.create("r", PROMPT, params))
         (result,) = processor.process([SequenceOutput("r", 0, letters("abc"), "length")]).finished
         assert (result.outputs[0].text, result.outputs[0].token_ids) == ("", letters("abc"))
+
+
+def test_an_embedded_prompt_is_resumed_as_one_and_ends_with_its_vector() -> None:
+    processor = OutputProcessor(TOKENIZER)
+    request = Request.create("r", PROMPT, SamplingParams(temperature=0, max_tokens=1, detokenize=False), pooling="mean")
+    processor.add(request)
+    resumed = processor.resumed("r")
+    assert resumed is not None
+    assert (resumed.pooling, resumed.prompt, resumed.resume) == ("mean", request.prompt, (b"",))
+    (result,) = processor.process([SequenceOutput("r", 0, [], "stop", embedding=b"1234")]).finished
+    assert (result.embedding, result.outputs[0].token_ids, result.num_completion_tokens) == (b"1234", [], 0)
