@@ -58,6 +58,8 @@ class _Live(msgspec.Struct):
     unfinished: set[int]
     tokens: list[list[int]]
     """Output tokens of every sample."""
+    searched: int = 0
+    """Tokens that its beam search had got to when the ranks failed last."""
 
     @classmethod
     def of(cls, client: Any, request: Request) -> _Live:
@@ -345,6 +347,11 @@ class EngineLoop:
 
     def _judge(self, suspects: set[str], error: ExecutorDied) -> None:
         """Fail a request that kills the ranks each time; hold back others while that is being found out."""
+        for request_id in suspects:
+            live, searched = self._live[request_id], self._engine.searched(request_id)
+            if searched > live.searched:
+                live.searched = searched
+                self._quarantine.progressed(request_id)
         culprit, parked = self._quarantine.blame(suspects)
         if culprit is not None:
             times = self._budget.policy.max_recoveries
@@ -358,6 +365,7 @@ class EngineLoop:
         while (request_id := self._quarantine.release()) is not None:
             live = self._live.get(request_id)
             if live is not None:
+                live.searched = 0  # a search begins anew
                 self._engine.add_request(live.resumed())
                 for index in set(range(len(live.tokens))) - live.unfinished:
                     self._engine.abort(request_id, index)

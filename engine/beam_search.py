@@ -69,7 +69,8 @@ class BeamSearch:
         self.finished: list[Hypothesis] = []
         """The best so far, at most `width`, best first."""
         self._params, self._width = params, params.beam_width
-        self._num_tokens = 0
+        self.num_tokens = 0
+        """Of each live beam."""
         self._reports: dict[int, tuple[Int32Array, Float64Array]] = {}
 
     @property
@@ -99,8 +100,8 @@ class BeamSearch:
     def advance(self) -> list[tuple[int, int]]:
         """Take a step. The new beams as (index of the beam continued, token), best first; none: the search is over."""
         assert self.complete
-        self._num_tokens += 1
-        last, width = self._num_tokens >= self.max_tokens, self._width
+        self.num_tokens += 1
+        last, width = self.num_tokens >= self.max_tokens, self._width
         going: list[tuple[int, Beam]] = []
         for place, (index, beam) in enumerate(self._candidates()):
             if place >= width and (last or len(going) == width):
@@ -109,7 +110,7 @@ class BeamSearch:
             if not (stopped or last):
                 going.append((index, beam))
             elif place < width:
-                score: float = beam.score / self._num_tokens**self._params.length_penalty
+                score: float = beam.score / self.num_tokens**self._params.length_penalty
                 self.finished.append(Hypothesis(score, beam, "stop" if stopped else "length"))
         self.finished.sort(key=lambda hypothesis: -hypothesis.score)
         del self.finished[width:]
@@ -127,7 +128,7 @@ class BeamSearch:
     def _candidates(self) -> Iterator[tuple[int, Beam]]:
         """Continuations of all beams, best first, each with the index of the beam that it continues."""
         shown = self._params.logprobs or 0
-        early = self._num_tokens <= self._params.min_tokens
+        early = self.num_tokens <= self._params.min_tokens
         reports = [self._reports[index] for index in range(len(self.beams))]
         sums = np.stack([beam.score + logprobs for beam, (_, logprobs) in zip(self.beams, reports)])
         for flat in np.argsort(-sums, axis=None, kind="stable").tolist():
@@ -148,6 +149,6 @@ class BeamSearch:
         if params.early_stopping is True:
             return False
         longest = params.early_stopping == "never" and params.length_penalty > 0
-        length = self.max_tokens if longest else self._num_tokens
+        length = self.max_tokens if longest else self.num_tokens
         hoped: float = best.score / length**params.length_penalty
         return hoped > self.finished[-1].score

@@ -128,6 +128,11 @@ class LLMEngine:
         """Unfinished requests, oldest first."""
         return list(self._groups.values())
 
+    def searched(self, request_id: str) -> int:
+        """How many tokens a beam search, of which nothing is told before its end, has got to; 0 of other requests."""
+        group = self._groups.get(request_id)
+        return group.search.num_tokens if group is not None and group.search is not None else 0
+
     @property
     def has_unfinished(self) -> bool:
         """Whether finish_step has more to tell."""

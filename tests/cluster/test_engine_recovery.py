@@ -98,6 +98,26 @@ def test_too_many_failures_in_a_while_end_it(make_driver):
     asyncio.run(main())
 
 
+def test_a_long_search_is_not_to_blame_for_what_others_do(make_driver):
+    """It brings no token before its end, but it gets on."""
+
+    async def main():
+        config = engine_config(max_num_seqs=32)
+        executor = HashExecutor(config, fail_at=frozenset(range(4, 90, 6)))
+        policy = RecoveryPolicy(max_failures=100, window_s=60, max_recoveries=3)
+        client, collector = await join(make_driver(executor, config=config, policy=policy))
+        requests = [make_request(f"{n}", n=n, use_beam_search=True, ignore_eos=True) for n in (4, 6)]
+        for request in requests:
+            client.submit(request)
+        await collector.until(lambda: len(collector.ends) == 10)
+        assert_expected(collector, requests)
+        assert (await client.stats())["recoveries"] >= 4
+        await assert_no_blocks_used(client)
+        await client.close()
+
+    asyncio.run(main())
+
+
 class PoisonedRanks(HashExecutor):
     """Die of every step with a sequence of a request whose name begins with "poison"."""
 
@@ -114,7 +134,8 @@ class PoisonedRanks(HashExecutor):
         return super().submit(plan)
 
 
-def test_a_request_that_kills_the_ranks_each_time_is_failed_alone(make_driver):
+@pytest.mark.parametrize("searching", [False, True])
+def test_a_request_that_kills_the_ranks_each_time_is_failed_alone(make_driver, searching):
     async def main():
         config = engine_config(max_num_seqs=32)
         executor = PoisonedRanks(config)
@@ -124,7 +145,7 @@ def test_a_request_that_kills_the_ranks_each_time_is_failed_alone(make_driver):
         for request in requests[:4]:
             client.submit(request)
         await collector.until(lambda: len(collector.tokens) == 6)
-        client.submit(make_request("poison", n=2))
+        client.submit(make_request("poison", n=2, use_beam_search=searching))
         for request in requests[4:]:
             client.submit(request)
         await collector.until(lambda: len(collector.ends) == 14)
