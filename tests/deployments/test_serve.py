@@ -175,6 +175,9 @@ texts = handle.remote(chat, n=3, temperature=1.5, seed=3, max_tokens=8).result()
 assert len(texts) == 3 and texts == handle.remote(chat, n=3, temperature=1.5, seed=3, max_tokens=8).result()
 assert handle.remote(chat, stop=[" ="]).result() == "17 + 25"
 assert handle.remote([1, 20, 30], max_tokens=2, ignore_eos=True).result() is not None
+beams = handle.remote(chat, use_beam_search=True, n=3, max_tokens=16).result()
+assert beams[0] == "17 + 25 = 42" and len(set(beams)) == 3, beams
+assert list(handle.options(stream=True).remote(chat, use_beam_search=True, best_of=3, max_tokens=16)) == beams[:1]
 
 # Pieces, by either name.
 pieces = list(handle.options(stream=True).remote(chat))
