@@ -50,7 +50,6 @@ class LLMServer:
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """Load the model on its ranks. Raises ConfigError, ModelLoadError or EngineUnavailable."""
         self._closing = False
-        self._only = config.num_replicas == 1 and config.autoscaling is None
         self._sick_checks = 0
         self._driver: Any = None
         self._client: DriverClient | None = None
@@ -133,10 +132,20 @@ class LLMServer:
         self._sick_checks = 0 if health.live else self._sick_checks + 1
         if health.live:
             return
-        if not self._only:
+        if not await self._is_alone():
             raise EngineUnavailable(f"{self._name}: {health.state}: {health.reason}")
         if self._sick_checks >= MAX_SICK_CHECKS and (self._restart is None or self._restart.done()):
             self._restart = asyncio.ensure_future(self._revive(health.reason))
+
+    async def _is_alone(self) -> bool:
+        """Whether no other replica takes requests now."""
+        context = serve.get_replica_context()
+        try:
+            applications = (await asyncio.to_thread(serve.status)).applications
+            states = applications[context.app_name].deployments[context.deployment].replica_states
+        except Exception:  # Serve knows better, or there is none
+            return False
+        return int(states.get("RUNNING", 0)) <= 1
 
     def __del__(self) -> Any:
         """Serve's end of a replica, after its requests. Serve awaits the result; the interpreter calls it once more."""

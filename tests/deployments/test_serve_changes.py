@@ -212,10 +212,13 @@ def test_a_configuration_is_rolled_by_serve_deploy(site: Site, expected: list[di
 
 
 def test_scaled_down(site: Site, expected: list[dict[int, str]]) -> None:
+    """Nothing else is changed: the replica that stays is one of the two."""
+    before = replicas(site)
     with Streams(site, expected) as load:
         deploy(site, max_waiting_requests=1025, num_replicas=1)
         until(lambda: len(replicas(site)) == 1)
         load.wait_more(20)
+        assert replicas(site) < before
     assert not load.wrong and not load.bad
 
 
