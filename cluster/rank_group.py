@@ -24,6 +24,7 @@ from engine.config import EngineConfig
 from engine.errors import ExecutorDied, MantaError, ResourcesMissing
 from engine.executor import CacheCapacity
 from engine.model_config import ModelConfig
+from engine.worker.start_log import StartLog
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class Rank(msgspec.Struct):
     """What its cache holds, once it is allocated."""
     loop: Any = None
     """Its run_loop task."""
+    resting: bool = False
+    """It outlived a failure, and nothing was asked of it since."""
     asked: Any = None
     """A call of `progress` that is not read yet."""
     asked_s: float = 0.0
@@ -129,36 +132,43 @@ class RankGroup:
         Waits for resources, and calls `on_wait` about once a second with what is missing, at last with the empty
         string. Raises ResourcesMissing when they do not come, ExecutorDied when a rank fails, and what loading raises.
         """
-        began_s = time.monotonic()
+        began_s, log = time.monotonic(), StartLog()
         wait_for(  # a node may be gone
             self._placement.group, name=self.name, timeout_s=self._config.resources_timeout_s, tell=self._on_wait
         )
+        log.part("placing")
         kept = [rank for rank in self._ranks if rank is not None]
         self._start_missing()
         ranks = self.ranks
         self._find([rank for rank in ranks if rank.facts is None])
+        log.part("processes")
         self._places = [rank.facts for rank in ranks]
         measured = [None] * len(ranks) if self._together else self._meet(ranks)
         self._together = False
+        log.part("loading")
         capacity = least([held for rank, found in zip(ranks, measured) if (held := found or rank.capacity)])
         changed = [rank for rank in ranks if rank.capacity != capacity]
         self._gather("allocating", [(rank, rank.actor.allocate.remote(capacity)) for rank in changed])
         for rank in changed:
             rank.capacity = capacity
+        log.part("allocating")
         logger.info(
-            "%s: %d ranks ready (%d kept) in %.1f s, %d blocks of %d tokens",
+            "%s: %d ranks ready (%d kept) in %.1f s, %d blocks of %d tokens; %s",
             self.name,
             len(ranks),
             len(kept),
             time.monotonic() - began_s,
             capacity.num_blocks,
             capacity.block_size,
+            log,
         )
         return capacity
 
     def _meet(self, ranks: list[Rank]) -> list[Any]:
         """Let all meet, and the new ones load: what these measured, None for the others."""
         meeting = self._meeting()
+        for rank in ranks:
+            rank.resting = False
         calls = [
             (rank, (rank.actor.load if rank.capacity is None else rank.actor.rejoin).remote(meeting, MEET_TIMEOUT_S))
             for rank in ranks
@@ -306,7 +316,9 @@ class RankGroup:
         self._together = False
         for index in failed:
             self._end(index, 0.0)
-        kept = self._survivors() if keep and self._config.device == "cpu" else []
+        kept = [index for index, rank in enumerate(self._ranks) if rank is not None and rank.resting]
+        if keep and self._config.device == "cpu":
+            kept += self._survivors()
         if len(kept) == len(self._ranks):
             kept = []
         for index, rank in enumerate(self._ranks):
@@ -314,6 +326,7 @@ class RankGroup:
                 self._end(index, 0.0)
             elif rank is not None:
                 rank.loop = rank.asked = None
+                rank.resting = True
 
     def _survivors(self) -> list[int]:
         loops = {rank.loop: index for index, rank in enumerate(self._ranks) if rank is not None and rank.loop}

@@ -95,7 +95,8 @@ def expected(config):
 def test_a_lost_node_is_waited_for_and_no_token_changes(nodes, config, expected):
     cluster, seconds = nodes
     driver = start_driver(config, name="spread")
-    assert len({facts.node_id for facts in ray.get(driver.rank_facts.remote())}) == 2
+    before = ray.get(driver.rank_facts.remote())
+    assert len({facts.node_id for facts in before}) == 2
     all_began = threading.Event()
 
     async def generate():
@@ -134,6 +135,7 @@ def test_a_lost_node_is_waited_for_and_no_token_changes(nodes, config, expected)
         seconds.append(cluster.add_node(num_cpus=1, resources={"second": 1}))
         tokens, stats = generated.result(150)
     assert tokens == expected
+    assert ray.get(driver.rank_facts.remote())[0] == before[0]  # its weights stayed, while it waited
     assert stats["recoveries"] >= 1
     assert stats["used_blocks"] == 0
     assert ray.get(driver.health.remote()).ready
@@ -183,6 +185,7 @@ def test_a_node_that_never_comes_back_is_told_in_seconds_and_given_up_in_time(no
         await kept.until(lambda: kept.began == {"runs0", "runs1"}, 30)
         os.kill(ranks[1].pid, signal.SIGSTOP)  # nothing more is done until the node goes
         cluster.remove_node(seconds.pop(), allow_graceful=False)
+        os.kill(ranks[1].pid, signal.SIGKILL)  # a stopped process outlives its node
         removed_s = time.monotonic()
         async with asyncio.timeout(10):
             while (await client.health()).healthy:
