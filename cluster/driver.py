@@ -17,6 +17,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.actors import free_name
 from cluster.engine_loop import Call, ClientGone, EngineLoop
 from cluster.framing import Ticket
 from cluster.hub import Hub, Peer
@@ -35,7 +36,6 @@ from cluster.messages import (
 from cluster.metrics import Buckets, RayMetrics, buckets, snapshot
 from cluster.placement import DRIVER_CPUS, shortage, wait_for
 from cluster.processes import end_process
-from cluster.rank_group import free_name
 from cluster.ray_executor import RayExecutor
 from cluster.recovery import RecoveryPolicy
 from cluster.worker_actor import RankFacts, environment, on_thread, set_up_process

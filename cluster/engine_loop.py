@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.held_request import HeldRequest
 from cluster.messages import Abort, DriverHealth, State, Submit, error_outputs
 from cluster.recovery import RETRY_AFTER_S, Quarantine, RecoveryBudget, RecoveryPolicy
 from engine.errors import (
@@ -24,8 +25,8 @@ from engine.errors import (
 )
 from engine.executor import Executor
 from engine.llm_engine import LLMEngine
-from engine.request import Request, SequenceOutput
-from engine.step import StepResult, pack, unpack
+from engine.request import SequenceOutput
+from engine.step import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -48,28 +49,6 @@ class Call(msgspec.Struct):
 
 
 Message = Submit | Abort | ClientGone | Call
-
-
-class _Live(msgspec.Struct):
-    """Who waits for a request, for which of its samples, and what they have had."""
-
-    client: Any
-    request: Request
-    unfinished: set[int]
-    tokens: list[list[int]]
-    """Output tokens of every sample."""
-    searched: int = 0
-    """Tokens that its beam search had got to when the ranks failed last."""
-
-    @classmethod
-    def of(cls, client: Any, request: Request) -> _Live:
-        indices = range(request.params.num_sequences)
-        tokens = [unpack(request.resume[i]).tolist() if i < len(request.resume) else [] for i in indices]
-        return cls(client, request, set(indices), tokens)
-
-    def resumed(self) -> Request:
-        """The request as it stands now."""
-        return msgspec.structs.replace(self.request, resume=tuple(map(pack, self.tokens)))
 
 
 class EngineLoop:
@@ -95,7 +74,7 @@ class EngineLoop:
         self._inbox: deque[tuple[Any, Message]] = deque()
         self._wake = threading.Condition()
         self._awake = False
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, HeldRequest] = {}
         self._state: State = "ready"
         self._reason = ""
         self._since_s = time.time()
@@ -273,9 +252,9 @@ class EngineLoop:
             request.num_prompt_tokens,
             num_samples,
         )
-        self._live[request.request_id] = _Live.of(client, request)
+        self._live[request.request_id] = HeldRequest.of(client, request)
 
-    def _abort(self, request_id: str, index: int | None, live: _Live) -> None:
+    def _abort(self, request_id: str, index: int | None, live: HeldRequest) -> None:
         if index is not None and index not in live.unfinished:
             return
         self._engine.abort(request_id, index)
@@ -386,7 +365,7 @@ class EngineLoop:
     def _fail_all(self, error: MantaError) -> None:
         self._fail(dict(self._live), error)
 
-    def _fail(self, requests: dict[str, _Live], error: MantaError) -> None:
+    def _fail(self, requests: dict[str, HeldRequest], error: MantaError) -> None:
         by_client: dict[Any, list[SequenceOutput]] = {}
         for request_id, live in requests.items():
             outputs = error_outputs(request_id, len(live.tokens), error)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import ray
 
+from cluster.actors import free_name, raise_failure, summary
 from cluster.adoption import take_over
 from cluster.framing import Ticket
 from cluster.placement import Bundle, Placement, rank_bundle, shortage, wait_for
@@ -21,7 +22,7 @@ from cluster.recovery import RETRY_AFTER_S
 from cluster.spares import Spares
 from cluster.worker_actor import MantaWorker, RankFacts, actor_class, environment, purpose_of, spare_class
 from engine.config import EngineConfig
-from engine.errors import ExecutorDied, MantaError, ResourcesMissing
+from engine.errors import ExecutorDied, ResourcesMissing
 from engine.executor import CacheCapacity
 from engine.model_config import ModelConfig
 from engine.worker.start_log import StartLog
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 ANSWER_TIMEOUT_S = 5.0
 """Long enough for a process that holds its interpreter, or waits for a core; a stopped one is recognised at once."""
 ANSWER_LOOKS = 10
+STOPPED_LOOKS = 2
+"""A debugger stops a process for a moment."""
 MEET_TIMEOUT_S = 120.0
 SURVIVE_TIMEOUT_S = 2.0
 """How long a rank whose peer died may take to leave its step; then it is replaced too."""
@@ -56,6 +59,8 @@ class Rank(msgspec.Struct):
     asked_s: float = 0.0
     looks: int = 0
     """How often its answer was looked for since."""
+    stops: int = 0
+    """At how many looks in a row its process was stopped."""
 
 
 class RankGroup:
@@ -255,7 +260,7 @@ class RankGroup:
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=SAY_EVERY_S)
             for ref in done:
-                _raise_failure(ref, indices[ref], what)
+                raise_failure(ref, indices[ref], what)
             waited_s = time.monotonic() - began_s
             if waiting and waited_s >= self._load_timeout_s:
                 slow = tuple(indices[ref] for ref in waiting)
@@ -297,7 +302,9 @@ class RankGroup:
 
     def _is_frozen(self, rank: Rank) -> bool:
         facts = rank.facts
-        if facts is not None and facts.node_id == self._node_id and process_state(facts.pid) in ("T", "t"):
+        stopped = facts is not None and facts.node_id == self._node_id and process_state(facts.pid) in ("T", "t")
+        rank.stops = rank.stops + 1 if stopped else 0
+        if rank.stops >= STOPPED_LOOKS:
             return True
         rank.looks += 1
         late = rank.asked is not None and time.monotonic() - rank.asked_s > ANSWER_TIMEOUT_S
@@ -374,33 +381,3 @@ def least(capacities: list[CacheCapacity]) -> CacheCapacity:
         block_size=sizes.pop(),
         num_host_blocks=min(capacity.num_host_blocks for capacity in capacities),
     )
-
-
-def free_name(name: str) -> str:
-    """`name`, or with a number behind it while an actor that is ending still holds it."""
-    for number in range(1, 1000):
-        candidate = name if number == 1 else f"{name}.{number}"
-        try:
-            ray.get_actor(candidate)
-        except ValueError:
-            return candidate
-    return f"{name}.{time.monotonic_ns()}"
-
-
-def summary(error: BaseException) -> str:
-    """One line of an error that came through Ray."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):
-        return f"{type(cause).__name__}: {cause}"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _raise_failure(ref: Any, index: int, what: str) -> None:
-    try:
-        ray.get(ref)
-    except Exception as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, MantaError):
-            raise cause from error
-        raise ExecutorDied(f"rank {index} failed while {what}: {summary(error)}", ranks=(index,)) from error

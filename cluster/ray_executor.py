@@ -17,8 +17,9 @@ import msgspec
 import ray
 from ray.util.placement_group import PlacementGroup
 
+from cluster.actors import summary
 from cluster.placement import Placement, place
-from cluster.rank_group import RankGroup, summary
+from cluster.rank_group import RankGroup
 from cluster.rank_loop import FAULT, decode_fault
 from cluster.stall_watch import StallWatch
 from cluster.step_channel import ActorChannel, SocketChannel, StepChannel
