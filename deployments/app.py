@@ -34,7 +34,7 @@ def build(args: dict[str, Any]) -> Application:
         placement_group_strategy=STRATEGY,
         **_scale(config),
     )(LLMServer)
-    return deployment.bind(config.replace(num_replicas=1, autoscaling=None))  # a change of scale needs no new replicas
+    return deployment.bind(config)
 
 
 def _scale(config: AppConfig) -> dict[str, Any]:
