@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,11 @@ class Served:
             check=False,
         )
 
+    def processes(self, *titles: str) -> list[psutil.Process]:
+        """Those below the launcher with one of the titles in their command line."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in family if any(title in " ".join(p.cmdline()) for title in titles)]
+
     def wait_idle(self, timeout_s: float = 15.0) -> dict[str, Any]:
         """The stats once nothing runs and no block is held."""
         deadline_s = time.monotonic() + timeout_s
@@ -77,6 +84,8 @@ def served() -> Iterator[Served]:
     folder = Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))  # short: Ray puts sockets below it
     content = yaml.safe_load((REPOSITORY / "configs/tiny.yaml").read_text())
     port = content["http_options"]["port"] = free_port()
+    shutil.copytree(REPOSITORY / "configs/tiny", folder / "model")
+    content["applications"][0]["args"]["model"] = str(folder / "model")
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
@@ -319,8 +328,7 @@ def test_a_killed_driver(served: Served) -> None:
         raise AssertionError(f"the stream ended after {len(pieces)} events")
 
     def drivers() -> list[psutil.Process]:
-        family = psutil.Process(served.process.pid).children(recursive=True)
-        return [p for p in family if ":driver" in " ".join(p.cmdline()) or "MantaDriver" in " ".join(p.cmdline())]
+        return served.processes(":driver", "MantaDriver")
 
     before = drivers()
     assert len(before) == 1
@@ -339,11 +347,70 @@ def test_64_streams(served: Served) -> None:
     assert re.search(r"^blocks leaked +0$", done.stdout, re.MULTILINE)
 
 
+def test_an_engine_that_cannot_come_back(served: Served) -> None:
+    """Its weights are gone: red, requests are told when to come back, the log says it once; and when they are back…"""
+    folder = Path(served.environment["RAY_TMPDIR"])
+    weights, body = folder / "model/model.safetensors", {"prompt": "Count:", "ignore_eos": True, "max_tokens": 1500}
+    url, waiting = f"{served.url}/v1/completions", {**body, "stream": True}
+
+    def health(status: int) -> dict[str, Any]:
+        deadline_s = time.monotonic() + 60
+        while (answer := httpx.get(f"{served.url}/health", timeout=20)).status_code != status:
+            assert time.monotonic() < deadline_s, answer.text
+            time.sleep(0.1)
+        report: dict[str, Any] = answer.json()
+        return report
+
+    with httpx.stream("POST", url, json=waiting, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        weights.rename(folder / "aside")
+        for process in served.processes(":rank", ":driver"):  # without its ranks a new driver needs the weights
+            process.kill()
+        report = health(503)
+        assert report["state"] == "failed" and "no safetensors files" in report["reason"]
+        last = [line for line in lines if line][-1]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert error["type"] == "service_unavailable_error" and "no safetensors files" in error["message"]
+    for _ in range(20):  # long enough for Serve to have replaced it, were there others
+        answer = httpx.post(url, json=body, timeout=20)
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1, answer.text
+        assert "no safetensors files" in answer.json()["error"]["message"]
+        assert httpx.get(f"{served.url}/ready").status_code == 503
+        time.sleep(0.25)
+    (log,) = (folder / "ray/session_latest/logs/serve").glob("replica_tiny_LLMServer_*.log")
+    told = [line for line in log.read_text().splitlines() if "no safetensors files" in line]
+    assert sum("has no engine" in line for line in told) == 1 and len(told) <= 3, told
+    (folder / "aside").rename(weights)
+    health(200)
+    answer = httpx.post(url, json={"prompt": "Count:", "max_tokens": 4, "ignore_eos": True}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    served.wait_idle()
+
+
 def test_the_end(served: Served) -> None:
-    """Last: an interrupt takes down all that was started, HAProxy too. `served` has nothing left to stop."""
+    """Last: SIGTERM takes down all that was started, HAProxy too, when what streams is done. `served` stops no more."""
     family = psutil.Process(served.process.pid).children(recursive=True)
     folder = served.environment["RAY_TMPDIR"]
-    served.process.send_signal(signal.SIGINT)
+    body = {"prompt": "Count:", "n": 2, "temperature": 1.0, "seed": 5, "ignore_eos": True, "max_tokens": 500}
+    whole = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json()
+    with ExitStack() as stack:
+        stream = {"json": {**body, "stream": True}, "timeout": 60}
+        streams = [
+            stack.enter_context(httpx.stream("POST", f"{served.url}/v1/completions", **stream)).iter_lines()
+            for _ in range(4)
+        ]
+        texts: list[list[str]] = [["", ""] for _ in streams]
+        assert [next(lines)[:5] for lines in streams] == ["data:"] * 4
+        served.process.send_signal(signal.SIGTERM)
+        for got, lines in zip(texts, streams):
+            rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]"
+            for line in rest[:-1]:
+                (choice,) = json.loads(line[6:])["choices"]
+                got[choice["index"]] += choice["text"]
+    want = [choice["text"] for choice in whole["choices"]]
+    assert all(w.endswith(text) and len(text) > len(w) // 2 for got in texts for text, w in zip(got, want))
     assert served.process.wait(STOP_S) == 0, "".join(served.output[-20:])
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
