@@ -180,9 +180,10 @@ class CudaKernel:
         if device not in self._functions:
             module, function = ctypes.c_void_p(), ctypes.c_void_p()
             driver = _driver()
-            _check(driver.cuModuleLoadData(ctypes.byref(module), self.compile()))
-            _check(driver.cuModuleGetFunction(ctypes.byref(function), module, self.name.encode()))
-            _check(driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, self.shared_bytes))
+            with torch.cuda.device(device):  # whose context the module is loaded into
+                _check(driver.cuModuleLoadData(ctypes.byref(module), self.compile()))
+                _check(driver.cuModuleGetFunction(ctypes.byref(function), module, self.name.encode()))
+                _check(driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, self.shared_bytes))
             self._functions[device] = function
         return self._functions[device]
 

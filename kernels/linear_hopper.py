@@ -207,12 +207,13 @@ def _cycles(tile: Tile, rows: int, columns: int, size: int, splits: int, multipr
     """What a product takes, roughly; `columns` of the result.
 
     A stage takes the matrix units' time, or what shared memory needs to be filled and to feed them at 128 bytes a
-    cycle. Fitted to an H200: a tile's end, what partial sums cost that are written and read, weights not shared.
+    cycle. Fitted to an H200 under its power limit: a tile's end, what partial sums cost that are written and read, and
+    weights that the blocks of a cluster do not share.
     """
     stage_reads = 4 * tile.groups * (2048 * tile.parts + 32 * tile.width)
     stage = max(2 * tile.groups * tile.width, (stage_reads + tile.stage_bytes) / 128)
     waves = -(-_tiles(tile, rows, columns) * splits // (multiprocessors // (tile.cluster_m * tile.cluster_n)))
-    cycles = waves * (-(-size // DEPTH) / splits * stage * (1.0 if tile.cluster_m == 2 else 1.04) + 2000)
+    cycles = waves * (-(-size // DEPTH) / splits * stage * (1.0 if tile.cluster_m == 2 else 1.12) + 2000)
     return cycles if splits == 1 else 1.12 * (cycles + 2 * (1 - 1 / splits) * 256 * tile.groups * tile.width / 8)
 
 
@@ -233,6 +234,8 @@ def choose(rows: int, weight_rows: int, size: int, gated: bool, multiprocessors:
     found: list[tuple[float, HopperConfig]] = []
     blocks = _BLOCKS.get(groups, _BLOCKS_OF_MORE_ROWS if gated else [(2, 2, 1)])
     for (tile_groups, cluster_m, cluster_n), width, splits in itertools.product(blocks, _WIDTHS, (1, 2, 4)):
+        if cluster_m == 2 and width < 96:
+            continue  # as fast by itself, but it draws more power, which the rest of a step then lacks
         tile = Tile(tile_groups, width, cluster_m, cluster_n, gated)
         one_wave = _tiles(tile, rows, columns) * splits * cluster_m * cluster_n <= multiprocessors
         if (splits > 1 and not tile.can_split) or (not one_wave and not (gated and splits == 1)):

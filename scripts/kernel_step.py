@@ -12,6 +12,7 @@ import argparse
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -189,9 +190,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 256])
     parser.add_argument("--context", type=int, nargs="*", default=[256, 640])
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--zero-weights", action="store_true", help="what the step takes where power does not limit it")
     args = parser.parse_args()
     torch.manual_seed(0)
     step = Step(1, 16)
+    if args.zero_weights:
+        for weight in chain(step.qkv, step.out, step.gate_up, step.down):
+            weight.zero_()
     for rows, context in zip(args.rows, args.context, strict=True):
         step.caches = []
         step.set_batch(rows, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -45,6 +46,20 @@ def time_us(calls: Sequence[Callable[[], object]], budget_ms: float = 12.0) -> f
         times.append((start, end))
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in times) * 1e3 / len(calls)
+
+
+def sustained_us(calls: Sequence[Callable[[], object]], seconds: float = 0.5) -> float:
+    """Mean microseconds of one call in the second half of a stretch of load, when the power limit sets the clock."""
+    graph = capture(list(calls) * max(1, 60 // len(calls)))
+    num_calls, began_s = len(calls) * max(1, 60 // len(calls)), time.perf_counter()
+    counted_from_s, count = 0.0, 0
+    while (now_s := time.perf_counter()) - began_s < seconds:
+        if not counted_from_s and now_s - began_s > seconds / 2:
+            counted_from_s, count = now_s, 0
+        graph.replay()
+        torch.cuda.synchronize()
+        count += 1
+    return (now_s - counted_from_s) / count / num_calls * 1e6
 
 
 def copy_bandwidth() -> float:

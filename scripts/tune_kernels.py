@@ -25,14 +25,14 @@ from torch import Tensor
 from kernels import paged_decode, paged_prefill
 from kernels.activation import silu_and_mul
 from kernels.launch import num_multiprocessors
-from kernels.linear_configs import Config
+from kernels.linear_configs import Config, linear_config
 from kernels.linear_gemv import GemvConfig
 from kernels.linear_hopper import HopperConfig, Tile
 from kernels.linear_stream import LinearConfig
 from kernels.paged_decode import DecodeConfig
 from kernels.paged_prefill import PrefillConfig
 from kernels.rms_norm import rms_norm
-from scripts.kernel_timing import copy_bandwidth, paged_cache, relative_error, time_us
+from scripts.kernel_timing import copy_bandwidth, paged_cache, relative_error, sustained_us, time_us
 
 # The products of Llama-3-8B: name -> (columns, K, operation).
 PRODUCTS = {
@@ -220,6 +220,22 @@ def time_products(
     return [{"product": name, "rows": m, "us": us, "library_us": library, "config": asdict(c)} for us, c in timed]
 
 
+def sustain_products(names: list[str], rows: list[int]) -> list[dict[str, Any]]:
+    """Each product as linear_configs chooses it, and the library's, for half a second each."""
+    found = []
+    for name, m in itertools.product(names, rows):
+        columns, size, operation = PRODUCTS[name]
+        config = linear_config(operation, m, columns, size, num_multiprocessors(torch.device("cuda", 0)))
+        if config is None:
+            continue
+        weights, inputs = make_product(name, m, max(2, min(8, (500 << 20) // (columns * size * 2))))
+        library = sustained_us([partial(library_product, w, inputs) for w in weights])
+        us = sustained_us([partial(config.product, weight=w, **inputs) for w in weights])
+        print(f"{name:13s} M={m:<4d} sustained {us:8.2f} us  library {library:8.2f}  {config}", flush=True)
+        found.append({"product": name, "rows": m, "sustained_us": us, "library_us": library})
+    return found
+
+
 DECODE_CONFIGS = [
     DecodeConfig(tile, warps, stages, programs)
     for (tile, warps, stages), programs in itertools.product(
@@ -304,10 +320,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--products", nargs="*", default=list(PRODUCTS))
     parser.add_argument("--only", choices=["products", "attention"])
+    parser.add_argument("--sustained", action="store_true", help="time the chosen products under lasting load, no more")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     results: list[dict[str, Any]] = []
+    if args.sustained:
+        (args.out / "sustained.json").write_text(json.dumps(sustain_products(args.products, args.rows)))
+        return
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s")
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
