@@ -54,6 +54,16 @@ def nvrtc() -> ctypes.CDLL | None:
     return None
 
 
+@cache
+def nvrtc_version() -> tuple[int, int]:
+    """(0, 0) where there is none."""
+    library, major, minor = nvrtc(), ctypes.c_int(), ctypes.c_int()
+    if library is None:
+        return 0, 0
+    _check_nvrtc(library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return major.value, minor.value
+
+
 def compile_cubin(source: str) -> bytes:
     """The machine code of a source, from the cache or compiled now and put there. Needs no GPU; safe in threads.
 

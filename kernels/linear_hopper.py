@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.cuda_source import CudaKernel, nvrtc, tensor_map
+from kernels.cuda_source import CudaKernel, nvrtc_version, tensor_map
 from kernels.launch import capability, compile_in_rehearsal, dependent_launch, num_multiprocessors
 
 DEPTH = 64
@@ -190,7 +190,7 @@ def why_not(device: torch.device) -> str | None:
     """Why this device cannot run the kernel; None where it can."""
     if capability(device) != (9, 0):
         return "the Hopper kernel is for compute capability 9.0"
-    return None if nvrtc() is not None else "libnvrtc was not found"
+    return None if nvrtc_version() >= (12, 4) else "libnvrtc 12.4 or later was not found"
 
 
 # Blocks: groups, and how a cluster's lie along rows and columns. More rows than 192 share what they load of weights.
