@@ -39,20 +39,28 @@ class LastWords:
         """The loop calls `_flush` when the link takes more."""
 
     @classmethod
-    def start(cls) -> Self:
-        """Start the keeper and wait until it has left this process's family: a few hundredths of a second."""
+    def start(cls) -> Self | None:
+        """Start the keeper and wait until it has left this process's family: a few hundredths of a second.
+
+        None, and a line in the log, where no process can be started.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            subprocess.run(
-                [sys.executable, "-I", "-S", str(KEEPER), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
-                check=True,
-            )
+        try:
+            with theirs:
+                subprocess.run(
+                    [sys.executable, "-I", "-S", str(KEEPER), str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    cwd="/",
+                    check=True,
+                )
+        except (OSError, subprocess.SubprocessError) as error:
+            ours.close()
+            logger.warning("no keeper of last words (%s): should this process die, its streams are cut", error)
+            return None
         ours.setblocking(False)
         return cls(ours)
 
