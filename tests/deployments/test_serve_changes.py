@@ -59,7 +59,7 @@ class Streams:
 
     site: Site
     expected: list[dict[int, str]]
-    streams: int = 4
+    streams: int = 6
     whole: int = 2
     good: int = 0
     bad: list[str] = field(default_factory=list)
