@@ -21,16 +21,17 @@ from engine import LLM, SamplingParams
 
 prompts = ["Hello, my name is", "The ray glides", "the sea", "def f(x):"]
 params = SamplingParams(temperature=0.8, top_p=0.95, seed=3, max_tokens=16, ignore_eos=True)
-results, pids = [], []
+results, vectors, pids = [], [], []
 for ranks in (1, 2):
     llm = LLM(sys.argv[1], tensor_parallel_size=ranks, dtype="float32", device="cpu", num_blocks=64)
     assert ("ray" in sys.modules) == (ranks == 2)
     results.append([output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)])
+    vectors.append([output.outputs.embedding for output in llm.embed(prompts, pooling="mean", use_tqdm=False)])
     if ranks == 2:
         pids = [facts.pid for facts in llm.llm_engine.executor.rank_facts]
         import ray
     llm.close()
-print(json.dumps({"results": results, "pids": pids, "ray": ray.is_initialized()}))
+print(json.dumps({"results": results, "vectors": vectors, "pids": pids, "ray": ray.is_initialized()}))
 """
 
 
@@ -52,6 +53,8 @@ def test_two_ranks_give_the_tokens_of_one_and_leave_nothing_behind(tmp_path):
     one, two = told["results"]
     assert [len(tokens) for tokens in one] == [16] * 4
     assert two == one
+    for alone, together in zip(*told["vectors"], strict=True):
+        assert together == pytest.approx(alone, abs=1e-5)
     assert len(told["pids"]) == 2
     assert [pid for pid in told["pids"] if is_ray_worker(pid)] == []
     assert not told["ray"]
