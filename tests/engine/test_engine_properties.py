@@ -251,7 +251,7 @@ def test_aborts_and_failures_change_nothing_for_the_others(scenario: Scenario) -
     check(scenario, run.finish(), run.aborted)
 
 
-@settings(slow_ok, max_examples=350)
+@settings(slow_ok, max_examples=250)
 @given(scenarios(accidents=True, beams=True))
 def test_beam_searches_find_what_trying_everything_finds(scenario: Scenario) -> None:
     run = Run(scenario)
