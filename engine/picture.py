@@ -83,6 +83,7 @@ def picture(engine: LLMEngine) -> dict[str, Any]:
         "gap": _histogram(metrics.token_gap_s),
         "queue": _histogram(metrics.queue_s),
         "step": _histogram(metrics.step_s),
+        "mask": _histogram(metrics.mask_s),
     }
 
 

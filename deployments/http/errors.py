@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -73,6 +74,15 @@ def failure_of(error: BaseException) -> Failure:
         kind = _HTTP_TYPES.get(error.status_code, "invalid_request_error")
         return Failure(error.status_code, ErrorBody(error.detail, kind), dict(error.headers or {}))
     return Failure(500, ErrorBody("internal server error; the server's log has the details", "internal_server_error"))
+
+
+def in_terms_of(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """`error`, told of the field that the caller knows by another name than the engine does."""
+    if error.param is not None and (name := names.get(error.param)) is not None:
+        if error.param != "prompt":  # that one is a word of its messages, too
+            error.args = (str(error).replace(error.param, name),)
+        error.param = name
+    return error
 
 
 def openai_json(error: BaseException) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from deployments.http.errors import in_terms_of
 from deployments.http.logprobs import chat_logprobs
 from deployments.http.openai_call import Call, respond
 from deployments.http.openai_replies import (
@@ -69,7 +70,18 @@ class _Chat(Call[ChatCompletionRequest]):
                 )
             parallel = self.tool_mode == "required" and self.body.parallel_tool_calls is not False
             given["grammar"] = forced_calls(self.functions, parallel=parallel)
-        return self.service.sampling_params(given, max_tokens=None)
+        try:
+            return self.service.sampling_params(given, max_tokens=None)
+        except RequestError as error:
+            raise in_terms_of(error, self._names) from None
+
+    @property
+    def _names(self) -> dict[str, str]:
+        """Fields that the engine knows by another name than this request."""
+        names = {"prompt": "messages"}
+        if self.body.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return names if not self.body.logprobs else {**names, "logprobs": "top_logprobs"}
 
     async def start(self) -> None:
         """Render, tokenize and submit the chat."""
@@ -89,9 +101,7 @@ class _Chat(Call[ChatCompletionRequest]):
         try:
             self.submit([ids], self.params)
         except PromptTooLong as error:
-            if error.param == "prompt":
-                error.param = "messages"
-            raise
+            raise in_terms_of(error, self._names) from None
 
     def _variables(self) -> dict[str, Any]:
         effort = self.body.reasoning_effort

@@ -97,6 +97,7 @@ _HISTOGRAMS = {
     "manta_token_gap_seconds": "gap",
     "manta_queue_seconds": "queue",
     "manta_step_seconds": "step",
+    "manta_mask_seconds": "mask",
 }
 
 

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from deployments.generation import Generation
 from deployments.http.body import parse, read_body
 from deployments.http.context import answer_headers, caller_of, check_model, service_of
-from deployments.http.errors import NotSupported, failure_of, request_id_of
+from deployments.http.errors import NotSupported, failure_of, in_terms_of, request_id_of
 from deployments.http.logprobs import chat_logprobs
 from deployments.http.openai_replies import TokenLogprob
 from deployments.http.responses_types import ResponsesRequest
@@ -30,6 +30,8 @@ from engine.output import Logprobs, RequestOutput
 _json = msgspec.json.Encoder()
 MAX_KEPT = 1000
 MAX_KEPT_BYTES = 64 << 20
+_NAMES = {"max_tokens": "max_output_tokens", "prompt": "input", "logprobs": "top_logprobs"}
+"""Fields that the engine knows by another name."""
 Item = dict[str, Any]
 
 
@@ -139,10 +141,6 @@ class _Call:
         self.created = int(time.time())
         earlier = self._earlier()
         self.history = [*earlier, *body.messages()]
-        if body.max_output_tokens is not None and body.max_output_tokens < 1:
-            raise RequestError(
-                f"max_output_tokens: got {body.max_output_tokens}, allowed: at least 1", param="max_output_tokens"
-            )
         self.instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
         self.chat = body.chat(self.instructions + self.history)
         self.tool_mode, self.functions = tools_of(self.chat)
@@ -168,7 +166,10 @@ class _Call:
         if self.tool_mode in ("required", "named"):
             parallel = self.tool_mode == "required" and chat.parallel_tool_calls is not False
             given["grammar"] = forced_calls(self.functions, parallel=parallel)
-        params = service.sampling_params(given, max_tokens=None)
+        try:
+            params = service.sampling_params(given, max_tokens=None)
+        except RequestError as error:
+            raise in_terms_of(error, _NAMES) from None
         effort = {} if chat.reasoning_effort is None else {"reasoning_effort": chat.reasoning_effort}
         tools = chat.tools if self.tool_mode != "none" else None
         room = service.config.model_len - (params.max_tokens or 1)
@@ -181,8 +182,7 @@ class _Call:
         try:
             self.generation = service.generate(ids, params, request_id=self.id)
         except PromptTooLong as error:
-            error.param = "max_output_tokens" if error.param == "max_tokens" else "input"
-            raise
+            raise in_terms_of(error, _NAMES) from None
 
     def _logprobs(self, entries: Logprobs | None) -> list[TokenLogprob]:
         return chat_logprobs(entries or [], self.body.top_logprobs or 0, self.service.tokenizer).content

@@ -223,6 +223,12 @@ def test_unknown_route_and_method(server: Any) -> None:
 def test_unsupported(server: Any) -> None:
     check_error(ask(server, "/v1/completions", {**TEXT, "suffix": "x"}), 400, "suffix", "middle")
     check_error(ask(server, "/v1/chat/completions", {**CHAT, "top_logprobs": 2}), 400, "top_logprobs", "logprobs")
+    for value, said in ((0, "max_completion_tokens: got 0"), (9999, "and max_completion_tokens is 9999")):
+        body = {key: item for key, item in CHAT.items() if key != "max_tokens"}
+        answer = ask(server, "/v1/chat/completions", {**body, "max_completion_tokens": value})
+        check_error(answer, 400, "max_completion_tokens", said)
+    answer = ask(server, "/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 21})
+    check_error(answer, 400, "top_logprobs", "top_logprobs: got 21")
     for route, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
         answer = ask(server, route, {**body, "prompt_logprobs": 1, "stream": True})
         check_error(answer, 400, "prompt_logprobs", "streamed")
