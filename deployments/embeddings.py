@@ -28,6 +28,8 @@ async def embed(
     """
     if pooling not in (None, "mean", "last"):
         raise RequestError(f"pooling: got {pooling!r:.50}, allowed: mean or last", param="pooling")
+    if truncate_prompt_tokens == -1:
+        truncate_prompt_tokens = service.config.model_len
     params = embedding_params(truncate_prompt_tokens, priority or 0)
     if dimensions is not None:
         check_dimensions(dimensions, service.hidden_size)

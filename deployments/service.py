@@ -227,10 +227,14 @@ class ModelService:
     def sampling_params(self, given: Mapping[str, Any], **defaults: Any) -> SamplingParams:
         """SamplingParams of the fields a request gave; the model's defaults, then `defaults`, fill the others.
 
-        The model's say nothing of beam searches. Raises RequestError naming the field at fault.
+        The model's say nothing of beam searches. truncate_prompt_tokens -1 is as many as leave room for max_tokens.
+        Raises RequestError naming the field at fault.
         """
         own = {} if given.get("use_beam_search") else self.sampling_defaults
-        params = SamplingParams(**{**defaults, **own, **given})
+        asked = {**defaults, **own, **given}
+        if asked.get("truncate_prompt_tokens") == -1:
+            asked["truncate_prompt_tokens"] = max(1, self.config.model_len - (asked.get("max_tokens") or 1))
+        params = SamplingParams(**asked)
         return prepare_params(params, self.tokenizer, self.vocab_size)
 
     def generate(

@@ -220,6 +220,12 @@ def test_unknown_route_and_method(server: Any) -> None:
     check_error(httpx.put(f"{server.url}/v1/chat/completions", content=b"{}"), 405, None, "PUT")
 
 
+def test_a_prompt_is_cut_to_what_leaves_room(server: Any) -> None:
+    body = {"prompt": [7] * 400, "max_tokens": 6, "truncate_prompt_tokens": -1}
+    answer = ask(server, "/v1/completions", body)
+    assert (answer.status_code, answer.json()["usage"]["prompt_tokens"]) == (200, 250)
+
+
 def test_unsupported(server: Any) -> None:
     check_error(ask(server, "/v1/completions", {**TEXT, "suffix": "x"}), 400, "suffix", "middle")
     check_error(ask(server, "/v1/chat/completions", {**CHAT, "top_logprobs": 2}), 400, "top_logprobs", "logprobs")

@@ -81,7 +81,8 @@ def test_a_text_may_fill_the_context(server: Any) -> None:
     assert vectors_of(post(server, input=[7] * 256, pooling="mean")).shape[0] == 1
     answer = post(server, input=[7] * 257)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "input"
-    assert vectors_of(post(server, input=[7] * 300, truncate_prompt_tokens=20)).shape[0] == 1
+    assert post(server, input=[7] * 300, truncate_prompt_tokens=20).json()["usage"]["prompt_tokens"] == 20
+    assert post(server, input=[7] * 300, truncate_prompt_tokens=-1).json()["usage"]["prompt_tokens"] == 256
 
 
 @pytest.mark.parametrize(
