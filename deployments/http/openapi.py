@@ -90,6 +90,8 @@ def _tell_ranges(schema: dict[str, Any]) -> None:
         limits = RANGES.get(_MEANT.get(name, name), {})
         if name == "max_tokens" and "echo" in schema["properties"]:
             limits = limits | {"minimum": 0}  # the prompt alone
+        if name == "truncate_prompt_tokens":
+            limits = limits | {"minimum": -1}  # to what leaves room
         for kind in field.get("anyOf", [field]):
             if kind.get("type") in ("integer", "number"):
                 kind.update(limits)
