@@ -35,6 +35,7 @@ from kernels import (
     rms_norm,
     rotary,
     sampling,
+    watermark,
 )  # fmt: skip
 from kernels.launch import num_multiprocessors
 from kernels.linear_hopper import HopperConfig
@@ -83,6 +84,8 @@ def small_cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
         yield case(op.name, dtype, op, rand(9, 2 * 1500, dtype=dtype))
     table = rand(100, 520, dtype=dtype)
     yield case("embedding", dtype, embedding.embedding, torch.tensor([5, 104, 50, 3], device="cuda"), table, 5)
+    previous = torch.tensor([0, 7, -1, 999, 3], device="cuda")
+    yield case("add_watermark", dtype, watermark.add_watermark, rand(5, 1000, dtype=dtype), previous)
     for head_dim, rotary_dim, heads, kv_heads in ((128, 128, 32, 8), (80, 80, 5, 5), (64, 32, 9, 3), (256, 256, 4, 1)):
         num_tokens = 5 if small else 67
         qkv = rand(num_tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
