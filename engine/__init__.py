@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.beam_output import BeamSearchOutput as BeamSearchOutput
     from engine.config import EngineConfig as EngineConfig
+    from engine.embedding import EmbeddingRequestOutput as EmbeddingRequestOutput
     from engine.llm import LLM as LLM
     from engine.output import CompletionOutput as CompletionOutput
     from engine.output import RequestOutput as RequestOutput
@@ -22,6 +23,7 @@ _MODULES = {
     "BeamSearchOutput": "engine.beam_output",
     "BeamSearchParams": "engine.sampling_params",
     "CompletionOutput": "engine.output",
+    "EmbeddingRequestOutput": "engine.embedding",
     "EngineConfig": "engine.config",
     "LLM": "engine.llm",
     "RequestOutput": "engine.output",
