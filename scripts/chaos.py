@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from deployments.handle import ModelHandle
 from engine.errors import EngineOverloaded, EngineUnavailable
-from scripts.chaos_faults import Faults, Flood
+from scripts.chaos_faults import Faults, Flood, ranks
 from scripts.chaos_site import Site
 from scripts.soak import Answer, Job, ask
 
@@ -196,9 +196,9 @@ async def settled(load: Load, replicas: int, number_of: dict[str, int]) -> float
     probe = Job("/v1/completions", {"prompt": "a", "max_tokens": 1}, "length")
     while time.perf_counter() - began_s < READY_WITHIN_S:
         await asyncio.sleep(0.1)
-        alive = {kind: len(load.site.processes(kind)) for kind in number_of}
-        stopped = any(p.status() == psutil.STATUS_STOPPED for p in load.site.processes("rank"))
-        if stopped or any(alive[kind] < count for kind, count in number_of.items()):
+        if any(len(load.site.processes(kind)) < count for kind, count in number_of.items()):
+            continue
+        if sum(runs(rank) for rank in await ranks()) < RANKS * replicas:
             continue
         try:
             answers = [await ask(load.http, probe) for _ in range(replicas)]
@@ -209,13 +209,21 @@ async def settled(load: Load, replicas: int, number_of: dict[str, int]) -> float
     return None
 
 
+def runs(process: psutil.Process) -> bool:
+    """Whether a process lives and is not stopped."""
+    try:
+        return bool(process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_TRACING_STOP))
+    except psutil.Error:
+        return False
+
+
 async def chaos(site: Site, options: argparse.Namespace) -> Tally:
     """Load, faults, and the reckoning at the end."""
     tally = Tally()
     load = Load(site, jobs(options.jobs, options.seed, options.max_tokens), tally)
     await load.learn()
     faults = Faults(site, options.seed, options.replicas, roll=options.roll)
-    number_of = {"rank": RANKS * options.replicas, "driver": options.replicas, "replica": options.replicas}
+    number_of = {"driver": options.replicas, "replica": options.replicas}
     by_handle = options.streams // 4
     workers = [
         asyncio.ensure_future(load.run(worker, by_handle=worker < by_handle)) for worker in range(options.streams)
@@ -236,7 +244,7 @@ async def chaos(site: Site, options: argparse.Namespace) -> Tally:
             await asyncio.sleep(0.3)
             ready_s = await settled(load, options.replicas, number_of)
             if ready_s is None:
-                alive = {kind: len(site.processes(kind)) for kind in number_of}
+                alive = {kind: len(site.processes(kind)) for kind in number_of} | {"rank": len(await ranks())}
                 tally.lost.append(f"not ready {READY_WITHIN_S:g} s after {fault}; processes that live: {alive}")
                 break
             tally.recovery_s.append(0.3 + ready_s)

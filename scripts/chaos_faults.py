@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -15,7 +17,9 @@ from pathlib import Path
 
 import httpx
 import psutil
+import ray
 from ray import serve
+from ray.util import list_named_actors
 
 from deployments.app import build
 from scripts.chaos_site import REPOSITORY, Site
@@ -24,6 +28,8 @@ SYS_PIDFD_GETFD = 438
 FLOOD_REQUESTS = 400
 FLOOD_TOKENS = 4
 SAMPLE_S = 0.5
+ANSWER_S = 5.0
+DRIVER_NAME = re.compile(r"^manta:.*:driver(\.\d+)?$")
 HELD_S = 60.0
 """A rank that hangs longer has not been noticed."""
 
@@ -67,30 +73,29 @@ class Faults:
         return self.rng.sample(list(self.by_name), len(self.by_name))
 
     async def kill_rank(self) -> None:
-        self.rng.choice(self._ranks()).kill()
+        self.rng.choice(await ranks()).kill()
 
     async def stop_rank(self) -> None:
-        self.rng.choice(self._ranks()).send_signal(signal.SIGSTOP)
+        self.rng.choice(await ranks()).send_signal(signal.SIGSTOP)
 
     async def kill_two(self) -> None:
-        for process in self.rng.sample(self._ranks(), 2):
+        for process in self.rng.sample(await ranks(), 2):
             process.kill()
 
     async def kill_again(self) -> None:
         await self.kill_rank()
         await asyncio.sleep(self.rng.uniform(0.5, 2.0))
-        if ranks := self._ranks():
-            ranks[0].kill()
+        for process in (await ranks())[:1]:
+            process.kill()
 
     async def cut_ranks(self) -> None:
         """Cut the connections between two ranks: the collective of the step that runs raises."""
-        while not cut_between(ranks := self._ranks()):
-            assert ranks, "no ranks are connected to each other"
+        while not cut_between(await ranks()):
             await asyncio.sleep(0.1)
 
     async def hang_rank(self) -> None:
         """Hold the thread that computes, and nothing else, until the rank is replaced."""
-        rank = self.rng.choice(self._ranks())
+        rank = self.rng.choice(await ranks())
         thread = await busiest_thread(rank.pid)
         command = [sys.executable, "-m", "scripts.chaos_hold", str(thread)]
         holder = await asyncio.create_subprocess_exec(*command, cwd=REPOSITORY, stdout=asyncio.subprocess.PIPE)
@@ -135,8 +140,23 @@ class Faults:
         changed = build({**self.site.args, "max_waiting_requests": 1024 + self._num_rolls})
         await asyncio.to_thread(serve.run, changed, name=self.site.application, route_prefix="/")
 
-    def _ranks(self) -> list[psutil.Process]:
-        return self.site.processes("rank")
+
+async def ranks() -> list[psutil.Process]:
+    """The live ranks of every engine, as their drivers know them: a spare that became one does not look like it."""
+    return await asyncio.to_thread(_ranks)
+
+
+def _ranks() -> list[psutil.Process]:
+    found = []
+    for named in list_named_actors(all_namespaces=True):
+        if not DRIVER_NAME.search(named["name"]):
+            continue
+        with contextlib.suppress(Exception):  # it is ending, or starting
+            driver = ray.get_actor(named["name"], named["namespace"])
+            for facts in ray.get(driver.rank_facts.remote(), timeout=ANSWER_S):
+                with contextlib.suppress(psutil.Error):
+                    found.append(psutil.Process(facts.pid))
+    return found
 
 
 def cut_between(processes: list[psutil.Process]) -> int:

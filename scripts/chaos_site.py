@@ -20,7 +20,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_S = 240.0
 STOP_S = 90.0
-TITLES = {"rank": ("MantaWorker", ":rank"), "driver": ("MantaDriver", ":driver"), "replica": ("ServeReplica",)}
+TITLES = {"driver": ("MantaDriver", ":driver"), "replica": ("ServeReplica",)}
 """What stands in the command lines of our processes' kinds."""
 
 
