@@ -365,7 +365,7 @@ def test_an_engine_that_cannot_come_back(served: Served) -> None:
         lines = stream.iter_lines()
         next(lines)
         weights.rename(folder / "aside")
-        for process in served.processes("manta:", "Manta"):  # ranks, too: they would keep the weights for another driver
+        for process in served.processes("manta:", "Manta"):  # ranks, too: they would keep the weights
             process.kill()
         report = health(503)
         assert report["state"] == "failed" and "no safetensors files" in report["reason"]
