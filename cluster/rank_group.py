@@ -220,7 +220,7 @@ class RankGroup:
             if place is not None and place.node_id == nodes[index]:
                 spare = self._spares.take(place.node_id, index, name, place.gpu_ids)
                 if spare is not None:
-                    self._ranks[index] = Rank(spare[0], facts=spare[1])
+                    self._ranks[index] = Rank(spare[0], told=spare[1])
                     continue
             actor = self._start(self._actor_class, name, index, rank_bundle(self._config), index)
             self._ranks[index] = Rank(actor, told=actor.facts.remote())

@@ -50,17 +50,22 @@ class Spares:
                 actor = self._start(node_id)
                 spares.append(Spare(actor, actor.facts.remote()))
 
-    def take(self, node_id: str, rank: int, name: str, gpu_ids: tuple[str, ...]) -> tuple[Any, RankFacts] | None:
-        """Let a spare of that node be a rank: its actor and where it is; None when there is none that answers."""
+    def take(self, node_id: str, rank: int, name: str, gpu_ids: tuple[str, ...]) -> tuple[Any, Any] | None:
+        """Let a spare of that node be a rank: its actor, and its call that gives its facts. None when there is none.
+
+        One that is still starting will be: it has a lead on a process that would be started now.
+        """
         spares = self._by_node.get(node_id, [])
+        spares.sort(key=lambda spare: not ray.wait([spare.told], timeout=0)[0])
         while spares:
             spare = spares.pop(0)
-            if not ray.wait([spare.told], timeout=ANSWER_S)[0]:
-                spares.insert(0, spare)  # it is still starting: a process of one's own is there as soon
-                return None
+            starts = not ray.wait([spare.told], timeout=ANSWER_S)[0]
+            told = spare.actor.become.remote(rank, name, gpu_ids)
+            if starts:
+                return spare.actor, told
             try:
-                facts: RankFacts = ray.get(spare.actor.become.remote(rank, name, gpu_ids), timeout=BECOME_TIMEOUT_S)
-                return spare.actor, facts
+                ray.get(told, timeout=BECOME_TIMEOUT_S)
+                return spare.actor, told
             except Exception as error:
                 logger.warning("a spare of %s does not answer: %s", name, type(error).__name__)
                 _end(spare)

@@ -6,7 +6,7 @@ import msgspec
 
 from cluster.rank_loop import Progress
 
-LOOK_AFTER_S = 1.0
+LOOK_AFTER_S = 0.5
 """A step that takes longer has its ranks asked what they do."""
 QUIET_S = 2.0
 """Ranks that all sleep for so long, in the middle of a step, wait for something that will not come."""

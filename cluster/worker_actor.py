@@ -252,20 +252,21 @@ class MantaWorker:
 class DriverGuard:
     """Ends this process a while after its driver is gone: nobody else would, and it holds the memory of a device."""
 
-    def __init__(self, driver: str) -> None:
+    def __init__(self, driver: str, *, every_s: float = GUARD_EVERY_S, patience_s: float = ORPHAN_S) -> None:
         self.driver = driver
         """The name of its actor."""
+        self._every_s, self._patience_s = every_s, patience_s
         threading.Thread(target=self._watch, name="manta-guard", daemon=True).start()
 
     def _watch(self) -> None:
         missing_s = 0.0
-        while missing_s < ORPHAN_S:
-            time.sleep(GUARD_EVERY_S)
+        while missing_s < self._patience_s:
+            time.sleep(self._every_s)
             try:
                 ray.get_actor(self.driver)
                 missing_s = 0.0
             except ValueError:
-                missing_s += GUARD_EVERY_S
+                missing_s += self._every_s
             except Exception:
                 logger.warning("the cluster does not say whether %s lives", self.driver, exc_info=True)
         logger.error("%s is gone for %g s: leaving", self.driver, missing_s)

@@ -148,8 +148,7 @@ class Faults:
 
 
 FAULTS = {
-    "rank 0 killed": lambda faults: faults.kill(0),
-    "rank 1 killed": lambda faults: faults.kill(1),
+    "killed": lambda faults: faults.kill(1),
     "two at once": lambda faults: faults.kill(0, 1),
     "again in the recovery": lambda faults: faults.kill_again_in_the_recovery(),
     "raises": lambda faults: faults.order(1, "raise"),

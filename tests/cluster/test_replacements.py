@@ -181,7 +181,7 @@ def test_ranks_outlive_their_driver_and_go_on_with_the_next(config, group, expec
         driver = await asyncio.to_thread(start_driver, alone, name=name, placement_group=group)
         before = pids(driver)
         streams = Streams(requests_of())
-        for _ in range(2):
+        for _ in range(2 if also_killed is None else 1):
             await streams.join(driver)
             had = {key: len(tokens) for key, tokens in streams.tokens.items()}
             await streams.until(lambda: all(len(streams.tokens[k]) > had[k] for k in streams.open))  # noqa: B023
@@ -208,6 +208,39 @@ def test_ranks_outlive_their_driver_and_go_on_with_the_next(config, group, expec
         assert all_gone(before)
 
     asyncio.run(main())
+
+
+@ray.remote(num_cpus=0, lifetime="detached")
+class Guarded:
+    """A process that lives as long as its driver, and half a second longer."""
+
+    def __init__(self, driver):
+        from cluster.worker_actor import DriverGuard
+
+        self._guard = DriverGuard(driver, every_s=0.05, patience_s=0.5)
+
+    def serve(self, driver):
+        self._guard.driver = driver
+        return os.getpid()
+
+
+@ray.remote(num_cpus=0)
+class Living:
+    def ping(self):
+        pass
+
+
+def test_a_rank_waits_for_another_driver_and_ends_when_none_comes(group):  # noqa: ARG001
+    drivers = [Living.options(name=f"driver{number}").remote() for number in range(2)]
+    ray.get([driver.ping.remote() for driver in drivers])
+    guarded = Guarded.remote("driver0")
+    pid = ray.get(guarded.serve.remote("driver0"))
+    assert not all_gone([pid], 2)
+    ray.kill(drivers[0])
+    ray.get(guarded.serve.remote("driver1"))
+    assert not all_gone([pid], 2)
+    ray.kill(drivers[1])
+    assert all_gone([pid], 10)
 
 
 def test_what_a_driver_left_is_ended_where_it_is_of_no_use(config, group):
