@@ -90,11 +90,12 @@ class Rehearsal:
         if self._is_child:
             return False
         name = f"{fn.module}.{fn.name.rpartition('.')[2]}"
-        if (name, key) in self._seen:
-            return True
-        self._seen.add((name, key))
         self.variants[name] = self.variants.get(name, 0) + 1
-        return self._fork(name)
+        if not self._fork(name):
+            return False
+        # Triton believes that it has the kernel, and does not ask again.
+        fn.jit_function.device_caches[0][0][key] = _MET
+        return True
 
     def _met_other(self, name: str, variant: str, job: Callable[[], object]) -> None:
         """A kernel that is not Triton's: compile it, once."""
@@ -122,6 +123,10 @@ class Rehearsal:
         name = self._running.pop(pid, None)
         if name is not None and status:
             self.failed.append(name)
+
+
+_MET = object()
+"""Stands in Triton's own table for a kernel that is compiled elsewhere."""
 
 
 class _NoGpu:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.layers.attention import Runs, StepInput
@@ -30,11 +31,11 @@ def largest_step(
     block = torch.zeros((1, config.block_size, heads, model_config.head_dim), dtype=dtype, device=device)
     longs: dict[str, Any] = {"dtype": torch.int64, "device": device}
     ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    ends = torch.arange(0, num_seqs + 1, **ints) * length
     num_tokens = num_seqs * length
+    ends = torch.arange(0, num_tokens + 1, length, dtype=torch.int32).to(device)
     step = StepInput(
-        token_ids=torch.arange(num_tokens, **longs) % model_config.vocab_size,
-        positions=torch.arange(num_tokens, **longs) % length,
+        token_ids=_count(num_tokens, **longs) % model_config.vocab_size,
+        positions=_count(num_tokens, **longs) % length,
         slots=torch.full((num_tokens,), -1, **longs),
         num_decodes=0,
         decodes=None,
@@ -51,8 +52,13 @@ def largest_step(
     floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
     params = SamplingTensors(
         temperature=torch.full((rows,), 0.8, **floats),
-        seeds=torch.arange(rows, **longs),
-        positions=torch.arange(rows, **longs),
+        seeds=_count(rows, **longs),
+        positions=_count(rows, **longs),
         top_p=torch.full((rows,), 0.9, **floats),
     )
     sample(logits, params)
+
+
+def _count(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 to size - 1. Made on the host: on the device "meta", torch would import half of its compiler for an arange."""
+    return torch.arange(size, dtype=dtype).to(device)

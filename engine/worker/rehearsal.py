@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
+import operator
 import os
 import pickle
 import sys
 import time
 from itertools import zip_longest
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,17 +77,23 @@ class Silent:
         pass
 
 
-def rehearse(config: EngineConfig, model_config: ModelConfig) -> None:
-    """Go through a start and the first steps, inside an open kernels.rehearsal.Rehearsal. What comes first is first."""
+def rehearse(config: EngineConfig, model_config: ModelConfig) -> bool:
+    """Go through a start and the first steps, inside an open kernels.rehearsal.Rehearsal. What comes first is first.
+
+    False: something failed, and what comes behind it was not met.
+    """
     size = config.tensor_parallel_size
     model_config = few_layers(model_config)
     ranks: list[Communicator] = [Solo()] if size == 1 else [Silent(size, fused=fused) for fused in (True, False)]
+    complete = True
     for communicator in ranks:
         try:
             with torch.inference_mode():
                 _rehearse_rank(config, model_config, communicator)
         except Exception:  # what has not been met is compiled when it is needed
             logger.exception("the rehearsal ended early")
+            complete = False
+    return complete
 
 
 def few_layers(model_config: ModelConfig) -> ModelConfig:
@@ -149,9 +159,65 @@ def _prompts(config: EngineConfig, runner: ModelRunner, params: SamplingParams, 
 
 
 def this_chip() -> Chip:
-    """The first GPU's; no context is made on it."""
-    properties = torch.cuda.get_device_properties(0)
-    return Chip((properties.major, properties.minor), properties.multi_processor_count)
+    """The first GPU's. Asked in a process of its own: one that has initialised CUDA forks slowly."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            properties = torch.cuda.get_device_properties(0)
+            os.write(writer, pickle.dumps((properties.major, properties.minor, properties.multi_processor_count)))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as answer:
+        major, minor, multiprocessors = pickle.load(answer)
+    os.waitpid(pid, 0)
+    return Chip((major, minor), multiprocessors)
+
+
+class _Deferred(ModuleType):
+    """Stands for a module that is imported once something of it is asked for that is not `known`."""
+
+    def __init__(self, name: str, **known: Any) -> None:
+        super().__init__(name)
+        self.__dict__.update(known)
+        sys.modules[name] = self
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return getattr(self.replace(), attribute)
+
+    def replace(self) -> Any:
+        """The module itself, from now on in its place."""
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return importlib.import_module(self.__name__)
+
+
+def spare_imports() -> list[_Deferred]:
+    """Leave out what torch imports for operations on the device "meta" and does not use: its compiler, and SymPy.
+
+    That would be most of a rehearsal's time.
+    """
+    # The second module's questions about sizes, which are plain integers here.
+    conditions = ("expect_true", "guard_or_false", "guard_or_true", "guard_size_oblivious", "statically_known_true")
+    hints = {"has_hint": lambda _: True, "has_guarding_hint": lambda _: True, "is_nested_int": lambda _: False}
+    known: dict[str, dict[str, Any]] = {
+        "torch._dynamo": {"disable": lambda function, *_, **__: function},
+        "torch.fx.experimental.symbolic_shapes": {
+            **dict.fromkeys(conditions, bool),
+            **dict.fromkeys(("size_hint", "guarding_hint_or_throw"), int),
+            **hints,
+            "sym_eq": operator.eq,
+            "sym_and": lambda *conditions: all(conditions),
+            "sym_or": lambda *conditions: any(conditions),
+        },
+        "sympy": {"Basic": type("Basic", (), {})},
+    }
+    deferred = [_Deferred(name, **known[name]) for name in known if name not in sys.modules]
+    torch._dynamo = sys.modules["torch._dynamo"]
+    return deferred
 
 
 def main() -> int:
@@ -161,10 +227,14 @@ def main() -> int:
     imported_s = time.time() - task.begun_s
     os.nice(5)
     torch.set_num_threads(1)
+    deferred = spare_imports()
     workers = max(1, len(os.sched_getaffinity(0)) - 1) if task.workers is None else task.workers
     rehearsal = Rehearsal(Chip(*task.chip) if task.chip else this_chip(), workers)
     with rehearsal():
-        rehearse(task.config, task.model_config)
+        if not rehearse(task.config, task.model_config) and deferred:
+            for module in deferred:
+                module.replace()
+            rehearse(task.config, task.model_config)
         met_s = time.time() - task.begun_s
     took_s = time.time() - task.begun_s
     said = f"prepared {rehearsal.summary} in {took_s:.1f} s (imports {imported_s:.1f} s, all met after {met_s:.1f} s)"
