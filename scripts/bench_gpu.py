@@ -28,6 +28,7 @@ from engine.model_config import ModelConfig, resolve
 from engine.request import Request, SequenceOutput
 from engine.sampling_params import SamplingParams
 from engine.worker.preparation import Preparation
+from engine.worker.start_log import StartLog
 from engine.worker.tracing import kernel_times
 from scripts import workload
 from scripts.bench_report import Row, host_kind, merge
@@ -241,6 +242,7 @@ def offline(config: EngineConfig, model_config: ModelConfig, report: Report) -> 
 @contextmanager
 def through_ray(config: EngineConfig, model_config: ModelConfig, report: Report) -> Iterator[Run]:
     """A driver actor and its worker actors, over the driver's socket."""
+    log = StartLog(fresh_s=0)
     began_s = time.perf_counter()
     Preparation(config, model_config).begin()
     import ray
@@ -248,10 +250,13 @@ def through_ray(config: EngineConfig, model_config: ModelConfig, report: Report)
     from cluster.driver import start_driver, stop_driver
     from cluster.driver_client import DriverClient
 
+    log.part("imports")
     if not ray.is_initialized():
         ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level="WARNING")
+    log.part("Ray")
     driver = start_driver(config, model_config, name=f"bench-{report.model}")
-    report.add(START, "ray", time.perf_counter() - began_s, "s")
+    log.part("driver and ranks")
+    report.add(START, "ray", time.perf_counter() - began_s, "s", str(log))
 
     async def drive(requests: list[Request]) -> Timeline:
         done = asyncio.Event()

@@ -1,9 +1,10 @@
 """Serve a model's shape with dummy weights through configs/llama3.yaml and load it with an OpenAI client program.
 
-    python -m scripts.bench_served --client PATH/client.py --out served.json
+    python -m scripts.bench_served --client PATH/client.py
 
 The client program takes --url --model --vocab --requests --concurrency --rate --processes and prints one JSON line.
-What its clients saw stands beside vLLM 0.24's own server on the same kind of GPU.
+What its clients saw stands beside vLLM 0.24's own server on the same kind of GPU, and is merged into the JSON file as
+it comes. The loads begin with the same prompts, so that prefixes are not cached, unless an override says so.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from scripts.bench_gpu import versions
+from scripts.bench_report import RESULTS, Row, host_kind, merge
 from scripts.model_shapes import SHAPES, model_folder
 
 # load -> (client's arguments, vLLM 0.24: TTFT p50, p90, p99, TPOT p50, p99 in ms, output tokens/s), 2026-11-21.
@@ -31,7 +35,7 @@ LOADS: dict[str, tuple[dict[str, float], tuple[float | None, ...]]] = {
     "258 clients": ({"concurrency": 258, "requests": 1032}, (92.8, 1058, 1444, 19.2, 36.7, 10858)),
     "30 requests/s": ({"rate": 30, "requests": 600}, (23.5, 35.9, 47.2, 6.48, 7.67, 4449)),
 }
-COLUMNS = ("TTFT p50", "p90", "p99", "TPOT p50", "p99", "tokens/s")
+COLUMNS = ("TTFT p50", "TTFT p90", "TTFT p99", "TPOT p50", "TPOT p99", "tokens/s")
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -103,6 +107,15 @@ def load(client: Path, url: str, model: str, vocab_size: int, arguments: dict[st
     return result
 
 
+def rows_of(load: str, model: str, values: Sequence[float], anchors: Sequence[float | None]) -> list[Row]:
+    """One load's figures, in the order of COLUMNS."""
+    return [
+        Row(f"served {load}, {name}", model, 1, value, unit, anchor, lower_is_better=unit == "ms")
+        for name, value, anchor in zip(COLUMNS, values, anchors, strict=True)
+        for unit in ["tokens/s" if name == "tokens/s" else "ms"]
+    ]
+
+
 def main(argv: list[str]) -> int:
     """Serve, load, print; returns the exit code."""
     parser = argparse.ArgumentParser(prog="scripts.bench_served", description=__doc__.split("\n")[0])
@@ -111,20 +124,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", default="configs/llama3.yaml")
     parser.add_argument("--loads", default=",".join(LOADS))
     parser.add_argument("--limit-s", type=float, default=1e9, help="begin no load after so many seconds")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON; default scripts/results/<host>-<date>.json")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of the configuration")
     args = parser.parse_args(argv)
+    args.out = args.out or RESULTS / f"{host_kind()}-{date.today().isoformat()}.json"
     began_s = time.perf_counter()
     folder = model_folder(args.shape, Path(tempfile.gettempdir()) / "manta-shapes")
     vocab_size = SHAPES[args.shape]["vocab_size"]
     make_tokenizer(Path(folder), vocab_size)
-    server = Server([args.config, f"model={folder}", "load_format=dummy", "served_model_name=shape", *args.overrides])
-    rows: list[dict[str, Any]] = []
+    overrides = ["load_format=dummy", "served_model_name=shape", "enable_prefix_caching=false", *args.overrides]
+    server = Server([args.config, f"model={folder}", *overrides])
+    args.out.parent.mkdir(exist_ok=True)
     errors = 0
     try:
         ready_s = server.wait(300)
         print(f"ready after {ready_s:.1f} s (vLLM's server 142)", flush=True)
-        rows.append({"case": "served start", "value": round(ready_s, 1), "unit": "s", "anchor": 142})
+        merge([Row("served start", args.shape, 1, round(ready_s, 1), "s", 142)], args.out)
         load(
             args.client,
             server.url,
@@ -147,11 +162,10 @@ def main(argv: list[str]) -> int:
             )
             more = f"  errors {seen['errors']} {seen['error']}" if seen["errors"] else ""
             print(f"{name:14}" + "".join(f"{cell:>18}" for cell in cells) + more, flush=True)
-            rows.append({"case": f"served {name}", "model": args.shape, "tp": 1, "seen": seen, "anchor": anchors})
-            if args.out is not None:
-                args.out.write_text(json.dumps([row | {"host": versions()} for row in rows], indent=1) + "\n")
+            merge(rows_of(name, args.shape, values, anchors), args.out)
     finally:
         server.stop()
+    print(", ".join(f"{name} {value}" for name, value in versions().items()), flush=True)
     return int(errors > 0)
 
 
