@@ -22,11 +22,12 @@ function fields(schema) {
   const titles = node("tr");
   titles.append(...["field", "type", "default", ""].map((title) => node("th", "", title)));
   table.append(titles);
-  for (const [name, field] of Object.entries(schema.properties || {})) {
+  const needs = (name) => (schema.required || []).includes(name);
+  const entries = Object.entries(schema.properties || {});
+  for (const [name, field] of entries.sort(([a], [b]) => needs(b) - needs(a))) {
     const row = node("tr");
-    const needed = (schema.required || []).includes(name);
     const fallback = field.default === undefined || field.default === null ? "" : JSON.stringify(field.default);
-    row.append(node("td", "", name), node("td", "", typeOf(field)), node("td", "", needed ? "required" : fallback));
+    row.append(node("td", "", name), node("td", "", typeOf(field)), node("td", "", needs(name) ? "required" : fallback));
     row.append(node("td", "", field.description || ""));
     table.append(row);
   }
