@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import ray
 from ray import serve
+from ray.util.placement_group import PlacementGroup
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.driver import start_driver, stop_driver
 from cluster.driver_client import DriverClient
+from cluster.placement import shortage
 from deployments.caller import Caller
 from deployments.config import AppConfig
 from deployments.embeddings import embed
@@ -37,6 +39,8 @@ MAX_DRIVER_STARTS = 3
 """Failures in a row after which a lost driver is given up."""
 MAX_SICK_CHECKS = 3
 """Health checks in a row that find the engine gone before the only replica starts it again: as many as Serve waits."""
+PATIENCE_CHECKS = 10
+"""Health checks, a second apart, for which the cluster may lack a place before requests are told."""
 REVIVE_AFTER_S, REVIVE_AFTER_AT_MOST_S = 2.0, 60.0
 """The pause between two such starts; doubled each time."""
 
@@ -50,7 +54,8 @@ class LLMServer:
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """Load the model on its ranks. Raises ConfigError, ModelLoadError or EngineUnavailable."""
         self._closing = False
-        self._sick_checks = 0
+        self._sick_checks = self._missing_checks = 0
+        self._group = ray.util.get_current_placement_group()
         self._driver: Any = None
         self._client: DriverClient | None = None
         self._restart: asyncio.Task[None] | None = None
@@ -128,6 +133,8 @@ class LLMServer:
         and when to come back, and starts its engine again until that works: without any, Serve holds requests, and
         /health too, for as long as it takes.
         """
+        if self._restart is not None and not self._restart.done():
+            await self._look_for_resources()
         health = await self.service.health()
         self._sick_checks = 0 if health.live else self._sick_checks + 1
         if health.live:
@@ -136,6 +143,12 @@ class LLMServer:
             raise EngineUnavailable(f"{self._name}: {health.state}: {health.reason}")
         if self._sick_checks >= MAX_SICK_CHECKS and (self._restart is None or self._restart.done()):
             self._restart = asyncio.ensure_future(self._revive(health.reason))
+
+    async def _look_for_resources(self) -> None:
+        """While a driver is being started: tell the service what the cluster lacks for it, once that has lasted."""
+        missing = await asyncio.to_thread(_missing, self._group)
+        self._missing_checks = self._missing_checks + 1 if missing else 0
+        self.service.lacks(missing if self._missing_checks > PATIENCE_CHECKS else "")
 
     async def _is_alone(self) -> bool:
         """Whether no other replica takes requests now."""
@@ -203,7 +216,7 @@ class LLMServer:
             self.config.engine,
             self._model_config,
             name=self._name,
-            placement_group=ray.util.get_current_placement_group(),
+            placement_group=self._group,
         )
 
     async def _connect(self) -> None:
@@ -256,6 +269,13 @@ class LLMServer:
             await asyncio.to_thread(stop_driver, self._driver)
         self._driver = await self._start_driver()
         await self._connect()
+
+
+def _missing(group: PlacementGroup | None) -> str:
+    """What the cluster must get before this replica's driver and ranks all have their places; empty: nothing."""
+    if group is None or ray.util.placement_group_table(group).get("state") == "CREATED":
+        return ""
+    return f"waiting for resources: {shortage(group)}"
 
 
 class _Served(Response):

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from cluster.messages import DriverHealth, error_of
+from cluster.recovery import RETRY_AFTER_S
 from deployments.admission import Admission
 from deployments.caller import Caller
 from deployments.config import AppConfig
 from deployments.generation import Batch, Generation
-from engine.errors import EngineUnavailable, MantaError, PromptTooLong, RequestError
+from engine.errors import EngineUnavailable, MantaError, PromptTooLong, RequestError, ResourcesMissing
 from engine.model_config import ModelConfig
 from engine.output import OutputProcessor, RequestOutput
 from engine.request import Request, SequenceOutput
@@ -67,6 +68,8 @@ class _Link:
         self.client: EngineClient | None = None
         self.failure: str | None = None
         """Why there is no engine, when none could be brought back."""
+        self.missing = ""
+        """What the cluster must get before there can be one."""
 
 
 class ModelService:
@@ -98,7 +101,7 @@ class ModelService:
 
     def attach(self, client: EngineClient) -> None:
         """Send requests to `client` from now on."""
-        self._link.client, self._link.failure = client, None
+        self._link.client, self._link.failure, self._link.missing = client, None, ""
 
     def detach(self) -> None:
         """No engine: new requests are refused with EngineUnavailable, held ones wait."""
@@ -145,12 +148,25 @@ class ModelService:
         """What the engine knows of itself; "failed" when it does not answer or could not be brought back."""
         if self._link.client is None:
             return DriverHealth(
-                "failed" if self._link.failure else "recovering", self._link.failure or "the engine is started again"
+                "failed" if self._link.failure else "recovering",
+                self._link.failure or "the engine is started again",
+                waiting_for=self._link.missing,
             )
         try:
             return await self._link.client.health()
         except EngineUnavailable as error:
             return DriverHealth("failed", str(error))
+
+    def lacks(self, missing: str) -> None:
+        """The engine cannot be started before the cluster has this; empty: it can.
+
+        Requests without a token fail; the others wait.
+        """
+        self._link.missing = missing
+        if missing:
+            for generation in list(self._generations.values()):
+                if generation.first_token_s is None:
+                    generation.fail(ResourcesMissing(missing, retry_after_s=RETRY_AFTER_S))
 
     def fail(self, reason: str) -> None:
         """There is no engine: every held request fails, and so does every new one until another is attached."""
@@ -341,6 +357,8 @@ class ModelService:
         self._generations.pop(request_id, None)
 
     def _engine(self) -> EngineClient:
+        if self._link.missing:
+            raise ResourcesMissing(self._link.missing, retry_after_s=RETRY_AFTER_S)
         if self._link.client is None:
             raise EngineUnavailable(self._link.failure or "the engine is not running; it is being started again")
         return self._link.client

@@ -12,7 +12,7 @@ from cluster.driver import Driver
 from cluster.driver_client import DriverClient
 from deployments.config import AppConfig
 from deployments.service import ModelService
-from engine.errors import EngineUnavailable, PromptTooLong, RequestError
+from engine.errors import EngineUnavailable, PromptTooLong, RequestError, ResourcesMissing
 from engine.local_executor import LocalExecutor
 from engine.model_config import ModelConfig
 from engine.sampling_params import SamplingParams
@@ -118,6 +118,36 @@ def test_an_engine_that_is_gone_for_good(server: Any, service: ModelService) -> 
         assert (health.state, health.live) == ("failed", False)
         generation.release()
         assert service.num_unfinished == 0
+        await client.close()
+
+    asyncio.run(main())
+
+
+def test_what_the_cluster_lacks_is_told(server: Any, other_driver: Driver, service: ModelService) -> None:
+    """Red, and refused, while resources are missing; what has tokens already waits for them."""
+
+    async def main() -> None:
+        client = await connect(service, server.driver)
+        running = service.generate([5, 6, 7], PARAMS)
+        await anext(running)
+        waiting = service.generate([5, 6, 7], PARAMS)
+        await client.close()
+        service.detach()
+        service.lacks("waiting for resources: needs 1 GPU")
+        health = await service.health()
+        assert (health.state, health.live, health.healthy) == ("recovering", True, False)
+        assert "needs 1 GPU" in health.waiting_for
+        for refused in (waiting.finish, lambda: asyncio.to_thread(service.generate, [5, 6, 7], PARAMS)):
+            with pytest.raises(ResourcesMissing, match="needs 1 GPU") as caught:
+                await refused()
+            assert caught.value.retry_after_s > 1
+        waiting.release()
+        service.lacks("")
+        assert (await service.health()).healthy
+        client = await connect(service, other_driver)
+        assert service.resume() == 1
+        assert len((await running.finish()).outputs[0].token_ids) == 60
+        running.release()
         await client.close()
 
     asyncio.run(main())
