@@ -16,6 +16,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -66,6 +67,7 @@ class Preparation:
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
                     start_new_session=True,
                 )
+            threading.Thread(target=process.wait, name="manta-preparation", daemon=True).start()
             assert process.stdin is not None
             with process.stdin as pipe:
                 pickle.dump(Task(self._config, self._model_config, self._stamp, time.time()), pipe)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config import EngineConfig
 from engine.model_config import ModelConfig
@@ -72,6 +73,17 @@ def test_a_cpu_needs_no_preparation(tmp_path: Path) -> None:
     preparation = Preparation(config.replace(device="cpu"), model_config)
     preparation.begin()
     assert preparation.done and preparation.wait() == 0.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a preparation succeeds here")
+def test_a_preparation_that_fails_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    preparation = Preparation(*configs(tmp_path))
+    preparation.begin()  # its process will find no GPU
+    Preparation(*configs(tmp_path)).begin()  # one is under way, or over
+    assert preparation.wait(60) < 60
+    assert not preparation.done
 
 
 def test_what_decides_is_in_the_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
