@@ -47,8 +47,16 @@ from kernels.rehearsal import Rehearsal
 logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
-GREEDY = SamplingParams(temperature=0.0)
-SAMPLED = SamplingParams(temperature=0.8, top_p=0.95)
+# Prompts of one step, and how their tokens are drawn: long ones and short ones, each way of drawing.
+PROMPTS = (
+    (1, SamplingParams(temperature=0.0)),
+    (3, SamplingParams(temperature=0.0)),
+    (16, SamplingParams(temperature=0.8, top_p=0.95)),
+    (3, SamplingParams(temperature=0.8, top_k=50)),
+    (3, SamplingParams(temperature=0.8, top_k=50, top_p=0.95)),
+    (70, SamplingParams(temperature=0.8)),
+    (3, SamplingParams(temperature=0.8, presence_penalty=0.5, repetition_penalty=1.1, logprobs=5)),
+)
 
 
 class Silent:
@@ -114,10 +122,9 @@ def _rehearse_rank(config: EngineConfig, model_config: ModelConfig, communicator
     if not config.enforce_eager:
         _record(config, model_config, model, cache)
     runner = ModelRunner(config, model_config, model, cache, META, graphs=False)
-    for params in (GREEDY, SAMPLED):
-        for count in (1, 3, 16):
-            _prompts(config, runner, params, count)
-            runner.clear()
+    for count, params in PROMPTS:
+        _prompts(config, runner, params, count)
+        runner.clear()
 
 
 def _record(config: EngineConfig, model_config: ModelConfig, model: Model, cache: KvCache) -> None:
