@@ -137,6 +137,23 @@ def test_triton_draws_the_same(size: int, kept: dict[str, bool]) -> None:
         assert torch.equal(expected, actual)
 
 
+@pytest.mark.parametrize("values", ["ties", "equal", "wide", "few"])
+def test_triton_finds_the_kth_largest(values: str) -> None:
+    """Of ties, of one value, of both signs and every exponent, and where fewer than k tokens are allowed."""
+    torch.manual_seed(1)
+    top_k = torch.tensor([1, 2, 63, 64, 65, 129, 1000, 4999], dtype=torch.int32)
+    rows, size = len(top_k), 5001
+    logits = {
+        "ties": torch.randint(-20, 20, (rows, size)).float() / 8,
+        "equal": torch.full((rows, size), -1.5),
+        "wide": torch.randn(rows, size) * 10.0 ** torch.randint(-30, 2, (rows, size)),
+        "few": torch.randn(rows, size).where(torch.rand(rows, size) < 0.01, -torch.inf),
+    }[values]
+    params = SamplingTensors(torch.full((rows,), 0.7), torch.arange(rows), torch.arange(rows), top_k=top_k)
+    expected, actual = both(sample, logits, params)
+    assert torch.equal(expected, actual)
+
+
 @pytest.mark.parametrize("size", [50, 4099])
 def test_triton_adjusts_the_same(size: int) -> None:
     torch.manual_seed(size)
