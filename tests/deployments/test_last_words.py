@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from deployments.config import REPOSITORY
 from deployments.http.keeper import LEAVE, TAKE_BACK, keep, speak
 from deployments.http.last_words import KEEPER, connection_of, last_chunks
 
+MARK = "MANTA_TEST_MARK"
 PROGRAM = """
 import asyncio, sys
 import uvicorn
@@ -62,23 +65,30 @@ with asyncio.Runner(loop_factory=uvicorn.Config(app, loop=sys.argv[1]).get_loop_
 @pytest.fixture(params=["asyncio", "uvloop"])
 def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, subprocess.Popen[str], psutil.Process]]:
     """A server of endless streams: where it is, its process, its keeper's."""
-    before = keepers()
+    mark = secrets.token_hex(8)
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, request.param], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM, request.param],
+        cwd=REPOSITORY,
+        env={**os.environ, MARK: mark},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
         url = f"http://127.0.0.1:{int(process.stdout.readline())}"
-        (keeper,) = keepers() - before
-        yield url, process, keeper
+        yield url, process, keeper_of(mark)
     finally:
         process.kill()
         process.wait(10)
 
 
-def keepers() -> set[psutil.Process]:
-    """Live keepers on this machine."""
-    return {p for p in psutil.process_iter(["cmdline"]) if str(KEEPER) in (p.info["cmdline"] or ())}
+def keeper_of(mark: str) -> psutil.Process:
+    """The keeper of the server that was started with this mark in its environment."""
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if str(KEEPER) in (process.info["cmdline"] or ()) and process.environ().get(MARK) == mark:
+                return process
+    raise AssertionError("no keeper")
 
 
 def until(what: Any, timeout_s: float = 10.0) -> None:
