@@ -38,7 +38,7 @@ JOBS = [
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    with Site(num_replicas=2, drain_timeout_s=40) as site:
+    with Site(num_replicas=2, drain_timeout_s=40, warm_spares=0) as site:
         yield site
 
 
@@ -226,7 +226,7 @@ def test_scaled_down(site: Site, expected: list[dict[int, str]]) -> None:
 
 def test_taken_down_after_the_last_stream(site: Site) -> None:
     """Last: `python -m scripts.stop` beside a launcher that knows nothing of it."""
-    body = {**JOBS[1].body, "max_tokens": 900}
+    body = {**JOBS[1].body, "max_tokens": 600}
 
     async def main() -> tuple[list[Answer], list[Answer]]:
         limits = httpx.Limits(max_connections=None)
