@@ -37,6 +37,8 @@ STOPPED_LOOKS = 2
 MEET_TIMEOUT_S = 120.0
 SURVIVE_TIMEOUT_S = 2.0
 """How long a rank whose peer died may take to leave its step; then it is replaced too."""
+CUT_EVERY_S = 30.0
+"""Ranks that lose each other again sooner are all replaced."""
 SAY_EVERY_S = 5.0
 START_NOTE_S = 10.0
 
@@ -92,6 +94,8 @@ class RankGroup:
         self._ranks: list[Rank | None] = [None] * config.tensor_parallel_size
         self._places: list[RankFacts | None] = [None] * config.tensor_parallel_size
         """Where each rank was last."""
+        self._cut_s = -CUT_EVERY_S
+        """When all were kept last."""
         self._together = False
         """The ranks that are there are all, and their group is whole."""
         self._spares = Spares(self._start_spare)
@@ -313,12 +317,12 @@ class RankGroup:
 
     # Down
 
-    def drop_failed(self, failed: tuple[int, ...], *, keep: bool) -> None:
+    def drop_failed(self, failed: tuple[int, ...], *, keep: bool, cut: bool = False) -> None:
         """After a failure: end the ranks at fault and those that cannot go on; `keep` the others, with their weights.
 
         The step channel is closed. A rank is kept when its loop comes to its end by itself: on a CPU, its collective
         fails when a peer is gone. A GPU that waits for a dead peer cannot be called back. Where no rank is found at
-        fault, all are replaced.
+        fault, all are replaced; but if they were only `cut` off from each other they meet again, once in a while.
         """
         self._together = False
         for index in failed:
@@ -327,7 +331,11 @@ class RankGroup:
         if keep and self._config.device == "cpu":
             kept += self._survivors()
         if len(kept) == len(self._ranks):
-            kept = []
+            now_s = time.monotonic()
+            if cut and now_s - self._cut_s > CUT_EVERY_S:
+                self._cut_s = now_s
+            else:
+                kept = []
         for index, rank in enumerate(self._ranks):
             if rank is not None and index not in kept:
                 self._end(index, 0.0)

@@ -93,6 +93,8 @@ class RayExecutor:
         self._died: ExecutorDied | None = None
         self._generation = 0
         self._complete = False
+        self._cut = False
+        """The failure was told by a rank whose collective failed."""
         self._shut_down = False
 
     # Life
@@ -129,7 +131,8 @@ class RayExecutor:
         failed = self._died.ranks if self._died is not None else ()
         self._die(ExecutorDied("the executor is restarting"))
         self._close_channel()
-        self._group.drop_failed(failed, keep=self._complete)
+        self._group.drop_failed(failed, keep=self._complete, cut=self._cut)
+        self._cut = False
         return self._bring_up()
 
     def shutdown(self) -> None:
@@ -261,6 +264,7 @@ class RayExecutor:
             logger.error("%s: rank %d failed in step %d:\n%s", self.name, rank, fault.step, fault.trace)
             said = f"failed in step {fault.step}: {fault.error}"
             if fault.peer:
+                self._cut = self._cut or self._died is None
                 self._die(ExecutorDied(f"rank {rank} {said}"))  # whoever is at fault, it is not this rank
                 self._on_trouble()
             else:

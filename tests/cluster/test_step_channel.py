@@ -34,14 +34,14 @@ class OddWorker(IdleWorker):
     """Draws the tokens of the plan's new sequences, or else its sequence ids.
 
     Sequence 666: rank 1 raises. 667: every rank hangs. 668: rank 0 finds its peer gone, as a collective does, and
-    rank 1 hangs.
+    rank 1 hangs. 669: each finds the other gone.
     """
 
     def submit(self, plan, masks=None):
         ids = unpack(plan.seq_ids).tolist()
         if 666 in ids and self._rank == 1:
             raise RuntimeError("a step that cannot be")
-        if 668 in ids and self._rank == 0:
+        if 669 in ids or (668 in ids and self._rank == 0):
             raise ExecutorDied("rank 0: a collective failed")
         if 667 in ids or 668 in ids:
             threading.Event().wait()
@@ -128,6 +128,18 @@ def miss_a_peer(executor, epoch):
     return {1}
 
 
+def lose_each_other(executor, epoch):
+    with pytest.raises(ExecutorDied, match="collective") as raised:
+        executor.submit(plan_of([669], epoch, 1)).result(20)
+    assert raised.value.ranks == ()
+    return set()
+
+
+def lose_each_other_again(executor, epoch):
+    lose_each_other(executor, epoch)
+    return {0, 1}
+
+
 def freeze(executor, epoch):
     pid = pids(executor)[0]
     os.kill(pid, signal.SIGSTOP)
@@ -142,7 +154,8 @@ def freeze(executor, epoch):
 
 def test_failures_are_noticed_and_only_who_must_be_is_replaced(channel):
     with idle_executor(2, channel, OddRank) as executor:
-        for epoch, fail in enumerate([kill_an_idle_one, kill_while_it_computes, raise_in_a_step, miss_a_peer, freeze]):
+        faults = [kill_an_idle_one, kill_while_it_computes, raise_in_a_step, miss_a_peer, freeze]
+        for epoch, fail in enumerate([*faults, lose_each_other, lose_each_other_again]):
             executor.check()
             assert executor.submit(plan_of([9], epoch)).result(20).epoch == epoch
             before = pids(executor)
@@ -152,7 +165,7 @@ def test_failures_are_noticed_and_only_who_must_be_is_replaced(channel):
             assert {rank for rank in (0, 1) if before[rank] != after[rank]} == replaced, fail.__name__
             assert not any(is_ray_worker(before[rank]) for rank in replaced)
         last = pids(executor)
-        stuck = executor.submit(plan_of([667], 5))
+        stuck = executor.submit(plan_of([667], 7))
         began_s = time.monotonic()
         executor.shutdown()
         assert time.monotonic() - began_s < 10
@@ -160,7 +173,7 @@ def test_failures_are_noticed_and_only_who_must_be_is_replaced(channel):
             stuck.result(0)
         assert not any(is_ray_worker(pid) for pid in last)
         with pytest.raises(ExecutorDied):
-            executor.submit(plan_of([1], 5, 1)).result(0)
+            executor.submit(plan_of([1], 7, 1)).result(0)
 
 
 def test_dispatch_is_measured():
