@@ -24,7 +24,7 @@ class RecoveryPolicy(msgspec.Struct, frozen=True):
     patience_s: float = 10.0
     """Once a restart has waited for resources for so long, requests without a token yet are failed: they can be asked
     again elsewhere. New ones are refused as soon as it waits."""
-    max_recoveries: int = 3
+    max_recoveries: int = 4
     """A request that was in this many failed steps running, more than any other, is failed. At least 2."""
     first_step_s: float = 300.0
     """A step that must compile its kernels first may take this; for others the measured times say what is too long."""

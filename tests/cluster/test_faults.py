@@ -117,7 +117,7 @@ def served(config):
         executor,
         vocab_size=model_config.vocab_size,
         eos_token_ids=model_config.eos_token_ids,
-        policy=RecoveryPolicy(max_failures=100),
+        policy=RecoveryPolicy(max_failures=100, max_recoveries=3),
     )
     loop.append(driver.loop)
     driver.start()
