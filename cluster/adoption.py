@@ -44,7 +44,7 @@ def take_over(name: str, size: int, purpose: str, driver: str, *, can_rejoin: bo
     `can_rejoin`: ranks can be used, beside new ones, that are not `together`. The driver before is dead: nobody else
     tells these processes what to do.
     """
-    found = _ask(_named(name))
+    found = _ask(workers_of(name))
     useful = {key: one for key, one in found.items() if one is not None and one.state.purpose == purpose}
     if any(one.state.rank is not None for one in useful.values()):
         useful = _settled(useful, can_rejoin=can_rejoin)
@@ -64,7 +64,7 @@ def take_over(name: str, size: int, purpose: str, driver: str, *, can_rejoin: bo
     if not together and not can_rejoin:
         kept -= {key for key, one in useful.items() if one.state.rank is not None}
         ranks = [None] * size
-    for key, actor in _named(name).items():
+    for key, actor in workers_of(name).items():
         if key not in kept:
             with contextlib.suppress(Exception):
                 ray.kill(actor)
@@ -76,7 +76,7 @@ def take_over(name: str, size: int, purpose: str, driver: str, *, can_rejoin: bo
     return Legacy(ranks, spares, together)
 
 
-def _named(name: str) -> dict[str, Any]:
+def workers_of(name: str) -> dict[str, Any]:
     """Worker actors of an engine, by their names."""
     actors = {}
     for key in list_named_actors():

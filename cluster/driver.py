@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import free_name
+from cluster.adoption import workers_of
 from cluster.engine_loop import Call, ClientGone, EngineLoop
 from cluster.framing import Ticket
 from cluster.hub import Hub, Peer
@@ -34,8 +35,9 @@ from cluster.messages import (
     encode,
 )
 from cluster.metrics import Buckets, RayMetrics, buckets, snapshot
-from cluster.placement import DRIVER_CPUS, shortage, wait_for
+from cluster.placement import DRIVER_CPUS, place, shortage
 from cluster.processes import end_process
+from cluster.rank_group import start_ranks
 from cluster.ray_executor import RayExecutor
 from cluster.recovery import RecoveryPolicy
 from cluster.worker_actor import RankFacts, environment, on_thread, set_up_process
@@ -305,14 +307,19 @@ def start_driver(
         model_config = ModelConfig.load(config)
     config = resolve(config, model_config)
     Preparation(config, model_config).begin()  # while processes come up
-    full_name = f"manta:{name}:driver"
+    engine_name = f"manta:{name}"
+    full_name = f"{engine_name}:driver"
+    actor_name = free_name(full_name)
     strategy: Any = "DEFAULT"
+    begun: list[Any] = []
     if placement_group is not None:
-        wait_for(placement_group, name=full_name, timeout_s=config.resources_timeout_s)
+        placement = place(config, placement_group, name=full_name, timeout_s=config.resources_timeout_s)
         strategy = PlacementGroupSchedulingStrategy(placement_group, 0)
+        if not workers_of(engine_name):  # else a driver before this one left them
+            begun = start_ranks(engine_name, config, model_config, placement, actor_name)
     actor = ray.remote(concurrency_groups={CONTROL: 4})(MantaDriver)
     driver = actor.options(
-        name=free_name(full_name),
+        name=actor_name,
         num_cpus=DRIVER_CPUS,
         scheduling_strategy=strategy,
         runtime_env={"env_vars": environment(config)},
@@ -322,12 +329,13 @@ def start_driver(
         config,
         model_config,
         placement_group,
-        {"policy": policy, "load_timeout_s": timeout_s},
+        {"policy": policy, "load_timeout_s": timeout_s, "begun": begun},
     )
     try:
         _wait_started(driver, full_name, timeout_s, placement_group)
     except BaseException:
-        ray.kill(driver)
+        for started in (driver, *begun):
+            ray.kill(started)
         raise
     return driver
 

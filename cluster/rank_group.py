@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -68,7 +68,8 @@ class Rank(msgspec.Struct):
 class RankGroup:
     """One actor a rank, in its places. `bring_up` starts those that are missing.
 
-    With the name of a `driver`, in whose process this is, the actors outlive it for a while: see `adopt`.
+    With the name of a `driver`, in whose process this is, the actors outlive it for a while: see `adopt`. `begun` are
+    the actors of all ranks when somebody has called start_ranks.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class RankGroup:
         load_timeout_s: float = 3600.0,
         on_wait: Callable[[str], None] = lambda _: None,
         driver: str = "",
+        begun: Sequence[Any] = (),
         with_spares: bool = False,
     ) -> None:
         self.name = name
@@ -92,6 +94,7 @@ class RankGroup:
         self._load_timeout_s = load_timeout_s
         self._on_wait = on_wait
         self._ranks: list[Rank | None] = [None] * config.tensor_parallel_size
+        self._ranks[: len(begun)] = [Rank(actor, told=actor.facts.remote()) for actor in begun]
         self._places: list[RankFacts | None] = [None] * config.tensor_parallel_size
         """Where each rank was last."""
         self._cut_s = -CUT_EVERY_S
@@ -146,7 +149,7 @@ class RankGroup:
             self._placement.group, name=self.name, timeout_s=self._config.resources_timeout_s, tell=self._on_wait
         )
         log.part("placing")
-        kept = [rank for rank in self._ranks if rank is not None]
+        kept = [rank for rank in self._ranks if rank is not None and rank.facts is not None]
         self._start_missing()
         ranks = self.ranks
         self._find([rank for rank in ranks if rank.facts is None])
@@ -226,24 +229,17 @@ class RankGroup:
                 if spare is not None:
                     self._ranks[index] = Rank(spare[0], told=spare[1])
                     continue
-            actor = self._start(self._actor_class, name, index, rank_bundle(self._config), index)
+            actor = self._start(self._actor_class, name, index, index)
             self._ranks[index] = Rank(actor, told=actor.facts.remote())
 
     def _start_spare(self, node_id: str) -> Any:
         place = [facts.node_id for facts in self.facts].index(node_id)
-        return self._start(self._spare_class, f"{self.name}:spare", None, {"CPU": 0.0}, place)
+        return self._start(self._spare_class, f"{self.name}:spare", None, place)
 
-    def _start(self, actor_class: Any, name: str, rank: int | None, resources: Bundle, place: int) -> Any:
-        """A process in the place of a rank."""
-        return actor_class.options(
-            name=free_name(name),
-            num_cpus=resources["CPU"],
-            num_gpus=resources.get("GPU", 0),
-            scheduling_strategy=self._placement.strategy(place),
-            runtime_env={"env_vars": environment(self._config)},
-            max_restarts=0,
-            lifetime="detached" if self._driver else None,
-        ).remote(name, self._config, self._model_config, rank, self._driver)
+    def _start(self, kind: Any, name: str, rank: int | None, place: int) -> Any:
+        return _start_worker(
+            kind, name, self._config, self._model_config, self._placement, rank=rank, place=place, driver=self._driver
+        )
 
     def _meeting(self) -> str:
         """Where the ranks meet: served by rank 0, on loopback when all are on one node."""
@@ -371,6 +367,46 @@ class RankGroup:
             ray.kill(rank.actor)
         if rank.facts is not None and rank.facts.node_id == self._node_id:
             end_process(rank.facts.pid, patience_s)
+
+
+def start_ranks(
+    name: str, config: EngineConfig, model_config: ModelConfig, placement: Placement, driver: str
+) -> list[Any]:
+    """Start a process for every rank of an engine called `name`, for the RankGroup of a `driver` that is to come.
+
+    Processes and their imports take seconds, the driver's too: so they take them at the same time.
+    """
+    kind = actor_class()
+    return [
+        _start_worker(
+            kind, f"{name}:rank{rank}", config, model_config, placement, rank=rank, place=rank, driver=driver
+        )
+        for rank in range(config.tensor_parallel_size)
+    ]
+
+
+def _start_worker(
+    kind: Any,
+    name: str,
+    config: EngineConfig,
+    model_config: ModelConfig,
+    placement: Placement,
+    *,
+    rank: int | None,
+    place: int,
+    driver: str,
+) -> Any:
+    """A process in the place of a rank: that rank's, or a spare's, which takes nothing from it."""
+    resources: Bundle = {"CPU": 0.0} if rank is None else rank_bundle(config)
+    return kind.options(
+        name=free_name(name),
+        num_cpus=resources["CPU"],
+        num_gpus=resources.get("GPU", 0),
+        scheduling_strategy=placement.strategy(place),
+        runtime_env={"env_vars": environment(config)},
+        max_restarts=0,
+        lifetime="detached" if driver else None,
+    ).remote(name, config, model_config, rank, driver)
 
 
 def spares_wanted(config: EngineConfig, nodes: list[str]) -> dict[str, int]:

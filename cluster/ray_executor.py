@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ class RayExecutor:
     ask `check` then. `on_wait` is called by the thread that starts or restarts, about once a second while resources
     are missing: what it raises ends the wait. `first_step_s` is what a step may take that compiles kernels.
 
-    With the name of a `driver`, this process's, the actors outlive it, and those that an earlier one left are used.
+    With the name of a `driver`, this process's, the actors outlive it, and those that an earlier one left are used, or
+    those that were `begun` for it (see rank_group.start_ranks).
     `with_spares`: processes wait to replace ranks that die, see config.warm_spares. `config` is resolved.
     """
 
@@ -69,6 +70,7 @@ class RayExecutor:
         load_timeout_s: float = 3600.0,
         first_step_s: float = 300.0,
         driver: str = "",
+        begun: Sequence[Any] = (),
         with_spares: bool = False,
         worker_class: type[MantaWorker] = MantaWorker,
     ) -> None:
@@ -78,7 +80,7 @@ class RayExecutor:
         self._on_trouble, self._on_wait = on_trouble, on_wait
         self._load_timeout_s = load_timeout_s
         self._worker_class = worker_class
-        self._driver, self._with_spares = driver, with_spares
+        self._driver, self._begun, self._with_spares = driver, begun, with_spares
         self._owns_ray = False
         self._placement: Placement | None = None
         self._group: RankGroup | None = None
@@ -116,9 +118,10 @@ class RayExecutor:
                 load_timeout_s=self._load_timeout_s,
                 on_wait=self._on_wait,
                 driver=self._driver,
+                begun=self._begun,
                 with_spares=self._with_spares,
             )
-            if self._driver:
+            if self._driver and not self._begun:
                 self._group.adopt()
             return self._bring_up()
         except BaseException:

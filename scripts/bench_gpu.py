@@ -249,12 +249,14 @@ def through_ray(config: EngineConfig, model_config: ModelConfig, report: Report)
 
     from cluster.driver import start_driver, stop_driver
     from cluster.driver_client import DriverClient
+    from cluster.placement import bundles
 
     log.part("imports")
     if not ray.is_initialized():
         ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level="WARNING")
     log.part("Ray")
-    driver = start_driver(config, model_config, name=f"bench-{report.model}")
+    group = ray.util.placement_group(bundles(config))  # as a replica of Serve has one
+    driver = start_driver(config, model_config, name=f"bench-{report.model}", placement_group=group)
     log.part("driver and ranks")
     report.add(START, "ray", time.perf_counter() - began_s, "s", str(log))
 
@@ -279,6 +281,7 @@ def through_ray(config: EngineConfig, model_config: ModelConfig, report: Report)
         yield lambda requests, _=None: asyncio.run(drive(requests))
     finally:
         stop_driver(driver)
+        ray.util.remove_placement_group(group)
 
 
 def run_case(name: str, engine: str, run: Run, vocab_size: int, report: Report, compiled: Compiled) -> None:

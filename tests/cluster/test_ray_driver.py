@@ -10,6 +10,7 @@ import pytest
 import ray
 from ray.util import list_named_actors
 
+from cluster.adoption import workers_of
 from cluster.driver import start_driver, stop_driver
 from cluster.driver_client import DriverClient
 from cluster.messages import error_of
@@ -207,9 +208,24 @@ def test_a_given_group_holds_driver_and_ranks(folder, expected):
     try:
         tokens, _ = asyncio.run(generate(driver, requests_of(2)))
         assert {key: expected[key][:24] for key in tokens} == tokens
+        # Those that were begun beside the driver, and no others.
+        names = {name for name in workers_of("manta:grouped") if ":rank" in name}
+        assert names == {"manta:grouped:rank0", "manta:grouped:rank1"}
     finally:
         stop_driver(driver)
         ray.util.remove_placement_group(group)
+
+
+def test_nothing_is_left_of_ranks_whose_driver_does_not_start(tmp_path):
+    make_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    config = config_of(tmp_path, tensor_parallel_size=2)
+    group = ray.util.placement_group(bundles(config), strategy=STRATEGY)
+    with pytest.raises(ModelLoadError):
+        start_driver(config, name="broken", placement_group=group)
+    ray.util.remove_placement_group(group)
+    wait_all_free()
+    assert not workers_of("manta:broken")
 
 
 def test_resources_that_never_come(folder):
