@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import os
 import random
 import re
@@ -167,20 +168,28 @@ def cut_between(processes: list[psutil.Process]) -> int:
             if connection.status == psutil.CONN_ESTABLISHED:
                 ends[connection.laddr, connection.raddr] = (process.pid, connection.fd)
     shared = [end for (here, there), end in ends.items() if (there, here) in ends]
-    for pid, fd in shared:
-        with borrowed(pid, fd) as connection:
-            connection.shutdown(socket.SHUT_RDWR)
-    return len(shared)
+    with contextlib.ExitStack() as held:
+        # All are taken before one is cut: at the first cut the ranks close the others.
+        connections = [held.enter_context(found) for pid, fd in shared if (found := borrowed(pid, fd)) is not None]
+        for connection in connections:
+            with contextlib.suppress(OSError):  # its process has ended it just now
+                connection.shutdown(socket.SHUT_RDWR)
+    return len(connections)
 
 
-def borrowed(pid: int, fd: int) -> socket.socket:
-    """A socket of another process as one of ours."""
+def borrowed(pid: int, fd: int) -> socket.socket | None:
+    """A socket of another process as one of ours; None when it is closed by now. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
-    process = os.pidfd_open(pid)
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
     try:
         copy = libc.syscall(SYS_PIDFD_GETFD, process, fd, 0)
     finally:
         os.close(process)
+    if copy < 0 and ctypes.get_errno() in (errno.EBADF, errno.ESRCH):
+        return None
     if copy < 0:
         raise OSError(ctypes.get_errno(), f"descriptor {fd} of process {pid} cannot be had")
     return socket.socket(fileno=copy)
