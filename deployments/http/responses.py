@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator
 
 import msgspec
 from starlette.requests import Request
@@ -19,64 +16,19 @@ from deployments.http.context import answer_headers, caller_of, check_model, ser
 from deployments.http.errors import NotSupported, failure_of, in_terms_of, request_id_of
 from deployments.http.logprobs import chat_logprobs
 from deployments.http.openai_replies import TokenLogprob
+from deployments.http.responses_items import Item, ItemWriter, as_messages
+from deployments.http.responses_store import ResponseNotFound, ResponseStore
 from deployments.http.responses_types import ResponsesRequest
 from deployments.http.sse import start_stream, until_disconnect
 from deployments.http.structured import forced_calls, form_of, grammar_of, reasoning_tokens, tools_of
-from deployments.parsing.answer import AnswerDelta, AnswerForm, AnswerParser
+from deployments.parsing.answer import AnswerForm, AnswerParser
 from deployments.service import ModelService
 from engine.errors import PromptTooLong, RequestError
 from engine.output import Logprobs, RequestOutput
 
 _json = msgspec.json.Encoder()
-MAX_KEPT = 1000
-MAX_KEPT_BYTES = 64 << 20
 _NAMES = {"max_tokens": "max_output_tokens", "prompt": "input", "logprobs": "top_logprobs"}
 """Fields that the engine knows by another name."""
-Item = dict[str, Any]
-
-
-class ResponseNotFound(RequestError):
-    """A response id that this replica does not hold."""
-
-    http_status = 404
-    kind = "not_found_error"
-
-
-class ResponseStore:
-    """Earlier responses and their conversations, in this process; the oldest go when there are too many."""
-
-    def __init__(self, max_kept: int = MAX_KEPT, max_bytes: int = MAX_KEPT_BYTES) -> None:
-        self._max_kept, self._max_bytes = max_kept, max_bytes
-        self._kept: OrderedDict[tuple[str, str], tuple[Item, list[Item], int]] = OrderedDict()
-        """By whose it is, and its id."""
-        self._bytes = 0
-
-    def put(self, response: Item, messages: list[Item], owner: str = "") -> None:
-        """Keep a response and the conversation it ends, for its owner only."""
-        size, key = len(_json.encode([response, messages])), (owner, response["id"])
-        if key in self._kept:
-            self.delete(response["id"], owner)
-        self._kept[key] = (response, messages, size)
-        self._bytes += size
-        while self._kept and (len(self._kept) > self._max_kept or self._bytes > self._max_bytes):
-            self._bytes -= self._kept.popitem(last=False)[1][2]
-
-    def get(self, response_id: str, owner: str = "") -> tuple[Item, list[Item]]:
-        """The owner's response of that id, and its conversation. Raises ResponseNotFound."""
-        key = (owner, response_id)
-        if key not in self._kept:
-            raise ResponseNotFound(f"response {response_id!r:.100} is not kept here (any more)", param="response_id")
-        self._kept.move_to_end(key)
-        response, messages, _ = self._kept[key]
-        return response, messages
-
-    def delete(self, response_id: str, owner: str = "") -> None:
-        """Forget a response. Raises ResponseNotFound."""
-        self.get(response_id, owner)
-        self._bytes -= self._kept.pop((owner, response_id))[2]
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
 
 async def create_response(request: Request) -> Response:
@@ -243,7 +195,7 @@ class _Call:
             "total_tokens": prompt + output,
         }
         if self.body.store is not False:
-            self.store.put(response, [*self.history, *_as_messages(items)], self.owner)
+            self.store.put(response, [*self.history, *as_messages(items)], self.owner)
         return response
 
     def _response(self, status: str, items: list[Item]) -> Item:
@@ -273,125 +225,6 @@ class _Call:
             "usage": None,
             "user": body.user,
         }
-
-
-class ItemWriter:
-    """The items of an answer as they grow, and the events that tell of it."""
-
-    def __init__(self) -> None:
-        self.items: list[Item] = []
-        self._kind = ""
-        self._pending: list[TokenLogprob] = []
-        """Of tokens whose text has not come yet."""
-
-    def write(self, part: AnswerDelta, logprobs: Sequence[TokenLogprob] = ()) -> list[Item]:
-        """Add what a piece of text brought, and its tokens' log-probabilities if asked for; the events of it."""
-        events: list[Item] = []
-        self._pending = [] if part.reasoning and not part.content else [*self._pending, *logprobs]
-        if part.reasoning:
-            events += self._open("reasoning", _reasoning_item)
-            events += self._add_text(part.reasoning, "response.reasoning_text.delta")
-        if part.content and not (self._kind.startswith("call") and not part.content.strip()):
-            events += self._open("message", _message_item)
-            pending, self._pending = self._pending, []
-            self.items[-1]["content"][0]["logprobs"] += pending
-            events += self._add_text(part.content, "response.output_text.delta", logprobs=pending)
-        for call in part.calls:
-            if call.id is not None and call.name is not None:
-                fields = {"call_id": call.id, "name": call.name}
-                events += self._open(f"call {call.index}", lambda fields=fields: _call_item(**fields))
-            if call.arguments:
-                self.items[-1]["arguments"] += call.arguments
-                events.append(self._at("response.function_call_arguments.delta", delta=call.arguments))
-        return events
-
-    def close(self) -> list[Item]:
-        """End the item that is open; an answer without any has one empty message."""
-        events = self._open("message", _message_item) if not self.items else []
-        return events + self._end()
-
-    def _open(self, kind: str, make: Any) -> list[Item]:
-        if kind == self._kind:
-            return []
-        events = self._end() if self.items else []
-        self._kind = kind
-        item = make()
-        self.items.append(item)
-        shown = {**item, "content": []} if "content" in item else dict(item)
-        events.append({"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": shown})
-        if "content" in item:
-            part = dict(item["content"][0])
-            events.append(self._at("response.content_part.added", content_index=0, part=part))
-        return events
-
-    def _add_text(self, text: str, kind: str, **more: Any) -> list[Item]:
-        self.items[-1]["content"][0]["text"] += text
-        return [self._at(kind, content_index=0, delta=text, **more)]
-
-    def _end(self) -> list[Item]:
-        item = self.items[-1]
-        item["status"] = "completed"
-        events: list[Item] = []
-        if item["type"] == "function_call":
-            whole = {"arguments": item["arguments"], "name": item["name"]}
-            events.append(self._at("response.function_call_arguments.done", **whole))
-        else:
-            part = item["content"][0]
-            kind = "output_text" if item["type"] == "message" else "reasoning_text"
-            more: Item = {"logprobs": part["logprobs"]} if kind == "output_text" else {}
-            events.append(self._at(f"response.{kind}.done", content_index=0, text=part["text"], **more))
-            events.append(self._at("response.content_part.done", content_index=0, part=dict(part)))
-        events.append({"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": dict(item)})
-        return events
-
-    def _at(self, kind: str, **fields: Any) -> Item:
-        return {"type": kind, "item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
-
-
-def _message_item() -> Item:
-    part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-    return {
-        "type": "message",
-        "id": f"msg_{secrets.token_hex(12)}",
-        "status": "in_progress",
-        "role": "assistant",
-        "content": [part],
-    }
-
-
-def _reasoning_item() -> Item:
-    part = {"type": "reasoning_text", "text": ""}
-    return {
-        "type": "reasoning",
-        "id": f"rs_{secrets.token_hex(12)}",
-        "status": "in_progress",
-        "summary": [],
-        "content": [part],
-    }
-
-
-def _call_item(call_id: str, name: str) -> Item:
-    return {
-        "type": "function_call",
-        "id": f"fc_{secrets.token_hex(12)}",
-        "call_id": call_id,
-        "name": name,
-        "arguments": "",
-        "status": "in_progress",
-    }
-
-
-def _as_messages(items: list[Item]) -> list[Item]:
-    """Items as the chat messages that a later response goes on from; reasoning is not told again."""
-    messages: list[Item] = []
-    for item in items:
-        if item["type"] == "message":
-            messages.append({"role": "assistant", "content": item["content"][0]["text"]})
-        elif item["type"] == "function_call":
-            function = {"name": item["name"], "arguments": item["arguments"]}
-            call = {"id": item["call_id"], "type": "function", "function": function}
-            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-    return messages
 
 
 ROUTES = [

@@ -10,8 +10,6 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from deployments.http.responses import ResponseNotFound, ResponseStore
-
 ASK = "What is 47 + 38?"
 TOOL = {
     "type": "function",
@@ -146,19 +144,6 @@ def test_what_is_wrong_is_said(server, change, param):
     answer = httpx.post(f"{server.url}/v1/responses", json={"input": ASK, **change})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
-
-
-def test_the_store_is_bounded():
-    store = ResponseStore(max_kept=3, max_bytes=2000)
-    for number in range(5):
-        store.put({"id": f"r{number}"}, [{"role": "user", "content": "x"}])
-    assert len(store) == 3
-    with pytest.raises(ResponseNotFound):
-        store.get("r1")
-    store.put({"id": "big"}, [{"role": "user", "content": "x" * 1900}])
-    assert len(store) <= 2
-    store.put({"id": "too big"}, [{"role": "user", "content": "x" * 9000}])
-    assert len(store) == 0
 
 
 def test_reasoning_tokens_are_counted(server, client, monkeypatch):
