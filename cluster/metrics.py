@@ -44,6 +44,7 @@ TIMES = {
     "first_token_s": ("first_token_seconds", "Acceptance to first token"),
     "token_gap_s": ("token_gap_seconds", "Between two tokens of a sample"),
     "step_s": ("step_seconds", "Time of the ranks for a step"),
+    "mask_s": ("mask_seconds", "Computing the grammar masks of a step that has any, while the ranks run it"),
 }
 """A histogram of EngineMetrics: its exported name, and what it measures."""
 QUANTILES = (0.5, 0.9, 0.99)

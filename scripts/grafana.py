@@ -73,6 +73,7 @@ PANELS: list[tuple[str, str, list[Query]]] = [
         ],
     ),
     ("Recoveries", "short", [(f"sum(ray_manta_recoveries_total{DRIVERS}) or vector(0)", "since the drivers began")]),
+    ("Computing a step's grammar masks", "s", quantiles("mask_s")),
     ("Slots filled in used blocks", "percentunit", [(f"avg(ray_manta_kv_utilization{DRIVERS})", "")]),
 ]
 

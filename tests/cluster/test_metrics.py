@@ -1,15 +1,16 @@
 import math
 
 from cluster.metrics import COUNTERS, GAUGES, QUANTILES, TIMES, Buckets, RayMetrics, buckets, snapshot
+from engine.grammar import Grammar
 from engine.llm_engine import LLMEngine
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from tests.fakes import EOS, VOCAB_SIZE, HashExecutor, engine_config
 
 
-def run_engine(count):
-    config = engine_config()
-    engine = LLMEngine(config, HashExecutor(config), vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+def run_engine(count, vocab_size=VOCAB_SIZE, **changes):
+    config = engine_config(**changes)
+    engine = LLMEngine(config, HashExecutor(config), vocab_size=vocab_size, eos_token_ids=(EOS,))
     engine.start()
     for i in range(count):
         params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0)
@@ -22,9 +23,22 @@ def run_engine(count):
 def test_a_snapshot_has_what_is_exported():
     stats = snapshot(run_engine(4))
     assert stats.keys() >= GAUGES.keys() | COUNTERS.keys()
-    assert stats.keys() >= {f"{name}_p{share * 100:g}" for name in TIMES for share in QUANTILES}
+    assert stats.keys() >= {f"{name}_p{share * 100:g}" for name in TIMES if name != "mask_s" for share in QUANTILES}
+    assert "mask_s_mean" not in stats, "no request had a grammar"
     assert (stats["num_requests"], stats["generated_tokens"], stats["finished_length"]) == (4, 24, 4)
     assert all(isinstance(value, int | float) and math.isfinite(value) for value in stats.values())
+
+
+def test_masks_are_measured_a_step():
+    engine = run_engine(0, vocab_size=2048, model="configs/tiny")
+    params = SamplingParams(max_tokens=9, temperature=0, grammar=Grammar("regex", "[0-9]{4}"))
+    engine.add_request(Request.create("bound", [5, 6, 7], params))
+    while engine.has_unfinished:
+        engine.step()
+    stats, masks = snapshot(engine), buckets(engine.metrics)["mask_s"]
+    assert stats.keys() >= {f"mask_s_p{share * 100:g}" for share in QUANTILES}
+    assert 1 <= masks.counts["+Inf"] <= stats["steps"]
+    assert stats["mask_s_mean"] == masks.sum / masks.counts["+Inf"] > 0
 
 
 def test_nothing_measured_is_nothing_said():

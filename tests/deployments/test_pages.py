@@ -63,12 +63,14 @@ def test_picture_while_busy_and_idle(server):
 
 
 def test_metrics_parse(server):
-    httpx.post(f"{server.url}/v1/completions", json={"prompt": "Hi", "max_tokens": 4}, timeout=60)
+    body = {"prompt": "Hi", "max_tokens": 4, "guided_regex": "[0-9]{2}"}
+    httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
     families = {f.name: f for f in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)}
     assert families["manta_generated_tokens"].type == "counter"
     assert families["manta_time_to_first_token_seconds"].type == "histogram"
-    counts = {s.name: s.value for s in families["manta_time_to_first_token_seconds"].samples if "bucket" not in s.name}
-    assert counts["manta_time_to_first_token_seconds_count"] >= 1
+    for name in ("manta_time_to_first_token_seconds", "manta_mask_seconds"):
+        counts = {s.name: s.value for s in families[name].samples if "bucket" not in s.name}
+        assert counts[f"{name}_count"] >= 1
     assert families["manta_blocks_total"].samples[0].labels == {"model": "tiny"}
 
 
