@@ -1,4 +1,5 @@
-"""Break a served model while it streams: `python -m scripts.chaos [--minutes 3] [--seed 0] [--replicas 1] [--short]`.
+"""Break a served model while it streams: `python -m scripts.chaos [--minutes 3] [--seed 0] [--replicas 1] [--short]
+[--faults NAME,...]`.
 
 `--roll` does no harm: it deploys a changed configuration again and again, and no stream may fail.
 
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from deployments.handle import ModelHandle
 from engine.errors import EngineOverloaded, EngineUnavailable
-from scripts.chaos_faults import Faults, Flood, ranks
+from scripts.chaos_faults import FAULTS, NO_FAULT, OF_SEVERAL, Faults, Flood, ranks
 from scripts.chaos_site import Site
 from scripts.soak import Answer, Job, ask
 
@@ -57,6 +58,10 @@ class Tally:
     refused: int = 0
     """Not accepted: 429 or 503 with Retry-After, or no connection; asked again."""
     longest_pause_s: float = 0.0
+    longest_pause_in: str = "no fault"
+    """The last fault that had begun when the longest pause ended."""
+    begun: list[tuple[float, str]] = field(default_factory=list)
+    """When each fault began."""
     recovery_s: list[float] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     false_alarms: int = 0
@@ -128,9 +133,10 @@ class Load:
             tally.lost.append(f"{what}: other text: {answer.texts!r:.200}, expected {want!r:.200}")
         else:
             tally.identical += 1
-        times = answer.times_s
-        gaps = (late - early for early, late in itertools.pairwise(times))
-        tally.longest_pause_s = max(tally.longest_pause_s, *gaps, 0.0, 0.0)
+        for early, late in itertools.pairwise(answer.times_s):
+            if late - early > tally.longest_pause_s:
+                tally.longest_pause_s = late - early
+                tally.longest_pause_in = next((name for at, name in reversed(tally.begun) if at < late), "no fault")
 
     async def _by_http(self, job: Job) -> Answer | None:
         try:
@@ -222,7 +228,7 @@ async def chaos(site: Site, options: argparse.Namespace) -> Tally:
     tally = Tally()
     load = Load(site, jobs(options.jobs, options.seed, options.max_tokens), tally)
     await load.learn()
-    faults = Faults(site, options.seed, options.replicas, roll=options.roll)
+    faults = Faults(site, options.seed, options.faults)
     number_of = {"driver": options.replicas, "replica": options.replicas}
     by_handle = options.streams // 4
     workers = [
@@ -240,7 +246,8 @@ async def chaos(site: Site, options: argparse.Namespace) -> Tally:
             fault = todo.pop(0)
             bar.set_postfix_str(fault)
             tally.faults[fault] += 1
-            await faults.by_name[fault]()
+            tally.begun.append((time.perf_counter(), fault))
+            await faults.inject(fault)
             await asyncio.sleep(0.3)
             ready_s = await settled(load, options.replicas, number_of)
             if ready_s is None:
@@ -277,7 +284,7 @@ def report(tally: Tally) -> bool:
         ("failed with an error", len(tally.failed)),
         ("lost", len(tally.lost)),
         ("blocks leaked", tally.leaked),
-        ("longest pause", f"{tally.longest_pause_s:.1f} s"),
+        ("longest pause", f"{tally.longest_pause_s:.1f} s ({tally.longest_pause_in})"),
         ("ready again after", f"{statistics.median(tally.recovery_s or [0.0]):.1f} s (median)"),
         ("false alarms", tally.false_alarms),
         ("refused, asked again", tally.refused),
@@ -303,8 +310,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=12, help="different requests")
     parser.add_argument("--max-tokens", type=int, default=80)
     parser.add_argument("--roll", action="store_true", help="only roll the configuration, instead of faults")
+    parser.add_argument(
+        "--faults",
+        type=lambda text: text.split(","),
+        metavar="NAME,...",
+        help=f"only these (default: all that the number of replicas allows): {', '.join(FAULTS)}",
+    )
     parser.add_argument("--short", action="store_true", help="every fault once, fewer and shorter streams")
     options = parser.parse_args(arguments)
+    if options.roll:
+        options.faults = [NO_FAULT]
+    elif options.faults is None:
+        skipped = {NO_FAULT} if options.replicas > 1 else {NO_FAULT, OF_SEVERAL}
+        options.faults = [name for name in FAULTS if name not in skipped]
+    elif unknown := set(options.faults) - FAULTS.keys():
+        parser.error(f"--faults: got {', '.join(sorted(unknown))}, allowed: {', '.join(FAULTS)}")
     if options.short:
         options.minutes, options.streams, options.jobs, options.max_tokens = 0.0, 12, 8, 60
     return options

@@ -49,29 +49,19 @@ class Flood:
 class Faults:
     """The faults, by name."""
 
-    def __init__(self, site: Site, seed: int, replicas: int, *, roll: bool) -> None:
+    def __init__(self, site: Site, seed: int, names: list[str]) -> None:
+        """`names` are those to choose from, of FAULTS."""
         self.site, self.rng = site, random.Random(seed)
         self.flood_total = Flood()
         self._num_rolls = 0
-        if roll:
-            self.by_name: dict[str, Callable[[], Awaitable[None]]] = {"configuration rolled": self.roll}
-            return
-        self.by_name = {
-            "rank killed": self.kill_rank,
-            "driver killed": self.kill_driver,
-            "rank stopped": self.stop_rank,
-            "two ranks killed at once": self.kill_two,
-            "rank killed again during the recovery": self.kill_again,
-            "rank raising in a step": self.cut_ranks,
-            "rank hung in a step": self.hang_rank,
-            "flood": self.flood,
-        }
-        if replicas > 1:
-            self.by_name["replica killed"] = self.kill_replica
+        self._names = names
 
     def names(self) -> list[str]:
         """One round of all of them, in a seeded order."""
-        return self.rng.sample(list(self.by_name), len(self.by_name))
+        return self.rng.sample(self._names, len(self._names))
+
+    async def inject(self, name: str) -> None:
+        await FAULTS[name](self)
 
     async def kill_rank(self) -> None:
         self.rng.choice(await ranks()).kill()
@@ -140,6 +130,22 @@ class Faults:
         self._num_rolls += 1
         changed = build({**self.site.args, "max_waiting_requests": 1024 + self._num_rolls})
         await asyncio.to_thread(serve.run, changed, name=self.site.application, route_prefix="/")
+
+
+FAULTS: dict[str, Callable[[Faults], Awaitable[None]]] = {
+    "rank killed": Faults.kill_rank,
+    "driver killed": Faults.kill_driver,
+    "rank stopped": Faults.stop_rank,
+    "two ranks killed at once": Faults.kill_two,
+    "rank killed again during the recovery": Faults.kill_again,
+    "rank raising in a step": Faults.cut_ranks,
+    "rank hung in a step": Faults.hang_rank,
+    "flood": Faults.flood,
+    "replica killed": Faults.kill_replica,
+    "configuration rolled": Faults.roll,
+}
+NO_FAULT, OF_SEVERAL = "configuration rolled", "replica killed"
+"""What should harm nobody, and what harms only where there are other replicas."""
 
 
 async def ranks() -> list[psutil.Process]:
