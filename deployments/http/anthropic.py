@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments.generation import Generation
+from deployments.http.answers import JsonResponse, answer
 from deployments.http.anthropic_types import (
     CountRequest,
     Message,
@@ -21,11 +22,9 @@ from deployments.http.anthropic_types import (
     ThinkingBlock,
     ToolUseBlock,
 )
-from deployments.http.body import parse, read_body
-from deployments.http.context import answer_headers, caller_of, check_model, service_of
+from deployments.http.context import answer_headers, body_of, caller_of, check_model, service_of
 from deployments.http.errors import failure_of, request_id_of
 from deployments.http.openai_types import ChatCompletionRequest
-from deployments.http.sse import start_stream, until_disconnect
 from deployments.http.structured import forced_calls, form_of, tools_of
 from deployments.parsing.answer import AnswerDelta, AnswerForm, AnswerParser, ToolMode
 from deployments.service import ModelService
@@ -52,12 +51,7 @@ async def create_message(request: Request) -> Response:
         body = await _read(request, MessagesRequest)
         call = _Call(service, body, f"msg_{request_id_of(request)}")
         await call.start()
-        if body.stream:
-            return await start_stream(
-                request.receive, call.events(), on_error=_error_json, headers=answer_headers(body)
-            )
-        answer = await until_disconnect(request.receive, call.answer())
-        return Response(_json.encode(answer), headers=answer_headers(body), media_type="application/json")
+        return await answer(request, call, stream=body.stream, on_error=_error_json, headers=answer_headers(body))
     except MantaError as error:
         return _failed(error)
 
@@ -68,16 +62,14 @@ async def count_tokens(request: Request) -> Response:
         service = service_of(request)
         body = await _read(request, CountRequest)
         _, ids = await _prompt(service, body, SamplingParams())
-        answer = _json.encode({"input_tokens": len(ids)})
-        return Response(answer, headers=answer_headers(body), media_type="application/json")
+        return JsonResponse({"input_tokens": len(ids)}, headers=answer_headers(body))
     except MantaError as error:
         return _failed(error)
 
 
 async def _read(request: Request, kind: type[Any]) -> Any:
-    service = service_of(request)
-    body = parse(kind, await read_body(request, int(service.config.max_body_mib * 2**20)))
-    check_model(service, body.model)
+    body = await body_of(request, kind)
+    check_model(service_of(request), body.model)
     user = (getattr(body, "metadata", None) or {}).get("user_id")
     caller_of(request).name(user if isinstance(user, str) else None)
     return body

@@ -25,7 +25,8 @@ TIMEOUT_HEADER = "x-request-timeout"
 IGNORED_HEADER = "x-manta-ignored-fields"
 STAND_INS = ("tgi", "dummy")
 """What clients of Text Generation Inference call the one model of a server."""
-Body = TypeVar("Body", bound=OpenAIRequest)
+Body = TypeVar("Body", bound=BaseModel)
+OpenAIBody = TypeVar("OpenAIBody", bound=OpenAIRequest)
 _told: set[str] = set()
 
 
@@ -76,10 +77,16 @@ def _shown_key(request: Request) -> str:
     return request.headers.get("x-api-key", "")
 
 
-async def read(request: Request, kind: type[Body]) -> Body:
-    """The request's body as a `kind`, for a model that is served. Raises RequestError."""
+async def body_of(request: Request, kind: type[Body]) -> Body:
+    """The request's body as a `kind`. Raises RequestError naming the field at fault, and BodyTooLarge."""
+    limit_bytes = int(service_of(request).config.max_body_mib * 2**20)
+    return parse(kind, await read_body(request, limit_bytes))
+
+
+async def read(request: Request, kind: type[OpenAIBody]) -> OpenAIBody:
+    """The request's body as a `kind`, for a model that is served. Raises RequestError, and EngineOverloaded."""
     service = service_of(request)
-    body = parse(kind, await read_body(request, int(service.config.max_body_mib * 2**20)))
+    body = await body_of(request, kind)
     check_model(service, body.model)
     caller = caller_of(request)
     caller.name(body.safety_identifier or body.user)

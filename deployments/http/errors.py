@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from deployments.http.answers import JsonResponse
 from engine.errors import EngineUnavailable, MantaError, RequestError
 
 logger = logging.getLogger("ray.serve")
@@ -93,9 +94,7 @@ def openai_json(error: BaseException) -> bytes:
 def openai_response(error: BaseException) -> Response:
     """The response that ends a request in `error`."""
     failure = failure_of(error)
-    return Response(
-        _json.encode({"error": failure.body}), failure.status, headers=failure.headers, media_type="application/json"
-    )
+    return JsonResponse({"error": failure.body}, failure.status, failure.headers)
 
 
 async def on_error(request: Request, error: Exception) -> Response:

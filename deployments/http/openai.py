@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from deployments.http.answers import JsonResponse
 from deployments.http.context import check_model, service_of
 from deployments.http.openai_chat import create_chat_completion
 from deployments.http.openai_completions import create_completion
@@ -14,13 +14,11 @@ from deployments.http.openai_embeddings import create_embeddings
 from deployments.http.openai_replies import ModelCard, ModelList
 from deployments.service import ModelService
 
-_json = msgspec.json.Encoder()
-
 
 async def list_models(request: Request) -> Response:
     """Every name the model is served under."""
     service = service_of(request)
-    return _answer(ModelList([_card(service, name) for name in service.names]))
+    return JsonResponse(ModelList([_card(service, name) for name in service.names]))
 
 
 async def get_model(request: Request) -> Response:
@@ -28,16 +26,12 @@ async def get_model(request: Request) -> Response:
     service = service_of(request)
     name = request.path_params["name"]
     check_model(service, name)
-    return _answer(_card(service, name))
+    return JsonResponse(_card(service, name))
 
 
 def _card(service: ModelService, name: str) -> ModelCard:
     config = service.config
     return ModelCard(name, int(service.started_s), root=service.name, max_model_len=config.model_len)
-
-
-def _answer(payload: msgspec.Struct) -> Response:
-    return Response(_json.encode(payload), media_type="application/json")
 
 
 ROUTES = [

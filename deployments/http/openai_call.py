@@ -12,15 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.generation import Batch
+from deployments.http.answers import answer
 from deployments.http.context import answer_headers, answer_id, read, service_of
 from deployments.http.errors import NotSupported, openai_json
 from deployments.http.openai_replies import UNSET, Unset, Usage
 from deployments.http.openai_types import GenerationRequest
-from deployments.http.sse import start_stream, until_disconnect
 from deployments.service import ModelService
 
 Body = TypeVar("Body", bound=GenerationRequest)
-_json = msgspec.json.Encoder()
 
 
 class Call(ABC, Generic[Body]):
@@ -64,8 +63,4 @@ async def respond(request: Request, body_type: type[Body], call_type: type[Call[
     body = await read(request, body_type)
     call = call_type(service, body, answer_id(request, body, call_type.prefix))
     await call.start()
-    headers = answer_headers(body)
-    if body.stream:
-        return await start_stream(request.receive, call.events(), on_error=openai_json, headers=headers)
-    answer = await until_disconnect(request.receive, call.answer())
-    return Response(_json.encode(answer), headers=headers, media_type="application/json")
+    return await answer(request, call, stream=body.stream, on_error=openai_json, headers=answer_headers(body))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import time
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.embeddings import embed
+from deployments.http.answers import JsonResponse
 from deployments.http.context import answer_headers, answer_id, read, service_of
 from deployments.http.openai_replies import Embedding, EmbeddingList, EmbeddingUsage, PromptTokensDetails
 from deployments.http.openai_types import EmbeddingRequest, prompts_of
@@ -19,7 +19,6 @@ from engine.embedding import Vector
 from engine.errors import RequestError
 
 MAX_INPUTS = 2048
-_json = msgspec.json.Encoder()
 
 
 async def create_embeddings(request: Request) -> Response:
@@ -27,7 +26,7 @@ async def create_embeddings(request: Request) -> Response:
     service = service_of(request)
     body = await read(request, EmbeddingRequest)
     answer = await until_disconnect(request.receive, _embed(service, body, answer_id(request, body, "embd")))
-    return Response(_json.encode(answer), headers=answer_headers(body), media_type="application/json")
+    return JsonResponse(answer, headers=answer_headers(body))
 
 
 async def _embed(service: ModelService, body: EmbeddingRequest, answer_id: str) -> EmbeddingList:

@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from deployments.http.answers import JsonResponse
 from deployments.http.anthropic_types import CountRequest, MessagesRequest
 from deployments.http.openai_types import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from deployments.http.pages import page, product_version
@@ -38,13 +38,12 @@ _MEANT = {"max_completion_tokens": "max_tokens", "max_output_tokens": "max_token
 """Fields by other names than SamplingParams'."""
 TGI_ROUTES = ("/", "/generate", "/generate_stream")
 _REFS = "#/components/schemas/{model}"
-_json = msgspec.json.Encoder()
 
 
 async def openapi_json(request: Request) -> Response:
     """Every route of this server, as OpenAPI 3.1."""
     routes = [route for route in request.app.routes if isinstance(route, Route)]
-    return Response(_json.encode(document(routes)), media_type="application/json")
+    return JsonResponse(document(routes))
 
 
 async def docs(request: Request) -> Response:  # noqa: ARG001

@@ -8,12 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from deployments.http.answers import JsonResponse
 from deployments.http.context import service_of
 
 WEB = Path(__file__).resolve().parent.parent / "web"
@@ -23,7 +23,6 @@ SECURITY = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-_json = msgspec.json.Encoder()
 
 
 @cache
@@ -59,7 +58,7 @@ async def web_file(request: Request) -> Response:
 
 async def engine_state(request: Request) -> Response:
     """What every block and request is doing now; see engine.picture."""
-    return Response(_json.encode(await service_of(request).picture()), media_type="application/json")
+    return JsonResponse(await service_of(request).picture())
 
 
 async def metrics(request: Request) -> Response:
@@ -79,7 +78,7 @@ async def metrics(request: Request) -> Response:
 
 async def version_route(request: Request) -> Response:  # noqa: ARG001
     """The server's version."""
-    return Response(_json.encode({"version": product_version()}), media_type="application/json")
+    return JsonResponse({"version": product_version()})
 
 
 @cache

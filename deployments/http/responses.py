@@ -11,15 +11,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments.generation import Generation
-from deployments.http.body import parse, read_body
-from deployments.http.context import answer_headers, caller_of, check_model, service_of
+from deployments.http.answers import JsonResponse, answer
+from deployments.http.context import answer_headers, body_of, caller_of, check_model, service_of
 from deployments.http.errors import NotSupported, failure_of, in_terms_of, request_id_of
 from deployments.http.logprobs import chat_logprobs
 from deployments.http.openai_replies import TokenLogprob
 from deployments.http.responses_items import Item, ItemWriter, as_messages
 from deployments.http.responses_store import ResponseNotFound, ResponseStore
 from deployments.http.responses_types import ResponsesRequest
-from deployments.http.sse import start_stream, until_disconnect
 from deployments.http.structured import forced_calls, form_of, grammar_of, reasoning_tokens, tools_of
 from deployments.parsing.answer import AnswerForm, AnswerParser
 from deployments.service import ModelService
@@ -34,29 +33,25 @@ _NAMES = {"max_tokens": "max_output_tokens", "prompt": "input", "logprobs": "top
 async def create_response(request: Request) -> Response:
     """Answer an input with a list of items: a message, calls of functions, reasoning."""
     service = service_of(request)
-    body = parse(ResponsesRequest, await read_body(request, int(service.config.max_body_mib * 2**20)))
+    body = await body_of(request, ResponsesRequest)
     check_model(service, body.model)
     caller_of(request).name(body.safety_identifier or body.user)
     call = _Call(service, _store_of(request), body, request_id_of(request), owner=_owner(request))
     await call.start()
-    if body.stream:
-        return await start_stream(request.receive, call.events(), on_error=_error_event, headers=answer_headers(body))
-    answer = await until_disconnect(request.receive, call.answer())
-    return Response(_json.encode(answer), headers=answer_headers(body), media_type="application/json")
+    return await answer(request, call, stream=body.stream, on_error=_error_event, headers=answer_headers(body))
 
 
 async def get_response(request: Request) -> Response:
     """An earlier response."""
     response, _ = _store_of(request).get(request.path_params["id"], _owner(request))
-    return Response(_json.encode(response), media_type="application/json")
+    return JsonResponse(response)
 
 
 async def delete_response(request: Request) -> Response:
     """Forget an earlier response."""
     response_id = request.path_params["id"]
     _store_of(request).delete(response_id, _owner(request))
-    answer = {"id": response_id, "object": "response", "deleted": True}
-    return Response(_json.encode(answer), media_type="application/json")
+    return JsonResponse({"id": response_id, "object": "response", "deleted": True})
 
 
 def _store_of(request: Request) -> ResponseStore:

@@ -12,8 +12,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deployments.generation import Generation
-from deployments.http.body import parse, read_body
-from deployments.http.context import answer_headers, service_of
+from deployments.http.answers import JsonResponse
+from deployments.http.context import answer_headers, body_of, service_of
 from deployments.http.errors import Unauthorized, failure_of, request_id_of
 from deployments.http.pages import product_version
 from deployments.http.sse import start_stream, until_disconnect
@@ -77,14 +77,14 @@ async def info(request: Request) -> Response:
         sha=None,
         docker_label=None,
     )
-    return Response(_json.encode(answer), media_type="application/json")
+    return JsonResponse(answer)
 
 
 async def _answer(request: Request, kind: type[GenerateRequest], *, stream: bool | None) -> Response:
     try:
         service = service_of(request)
         received_s = time.monotonic()
-        body = parse(kind, await read_body(request, int(service.config.max_body_mib * 2**20)))
+        body = await body_of(request, kind)
         listed = stream is None
         if isinstance(body, CompatGenerateRequest):
             stream = body.stream
@@ -96,7 +96,7 @@ async def _answer(request: Request, kind: type[GenerateRequest], *, stream: bool
         answer = await until_disconnect(request.receive, call.answer())
         payload = [answer] if listed else answer
         headers = {**call.headers(), **answer_headers(body)}
-        return Response(_json.encode(payload), headers=headers, media_type="application/json")
+        return JsonResponse(payload, headers=headers)
     except MantaError as error:
         headers = failure_of(error).headers
         return Response(_error_json(error), _told(error)[0], headers=headers, media_type="application/json")

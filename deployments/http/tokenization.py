@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from deployments.http.body import parse, read_body
-from deployments.http.context import answer_headers, check_model, service_of
+from deployments.http.answers import JsonResponse
+from deployments.http.context import answer_headers, body_of, check_model, service_of
 from deployments.http.tgi_types import SimpleToken
 from deployments.service import ModelService
 from engine.errors import RequestError
 from engine.sampling_params import SamplingParams
-
-_json = msgspec.json.Encoder()
 
 
 class TokenizeRequest(BaseModel):
@@ -48,7 +45,7 @@ class DetokenizeRequest(BaseModel):
 async def tokenize(request: Request) -> Response:
     """The token ids of a text or a chat."""
     service = service_of(request)
-    body = parse(TokenizeRequest, await read_body(request, int(service.config.max_body_mib * 2**20)))
+    body = await body_of(request, TokenizeRequest)
     check_model(service, body.model)
     given = [name for name in ("prompt", "inputs", "messages") if getattr(body, name) is not None]
     if len(given) != 1:
@@ -76,7 +73,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of token ids, specials included."""
     service = service_of(request)
-    body = parse(DetokenizeRequest, await read_body(request, int(service.config.max_body_mib * 2**20)))
+    body = await body_of(request, DetokenizeRequest)
     check_model(service, body.model)
     for place, token in enumerate(body.tokens):
         if not 0 <= token < service.vocab_size:
@@ -97,7 +94,7 @@ def _simple_tokens(service: ModelService, text: str) -> list[SimpleToken]:
 
 
 def _answer(body: BaseModel, payload: Any) -> Response:
-    return Response(_json.encode(payload), headers=answer_headers(body), media_type="application/json")
+    return JsonResponse(payload, headers=answer_headers(body))
 
 
 ROUTES = [
