@@ -6,7 +6,7 @@ from cluster.driver_client import DriverClient
 from cluster.messages import error_of
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from tests.fakes import expected_tokens
+from tests.hash_model import expected_tokens
 
 
 def make_request(name, length=5, **params):

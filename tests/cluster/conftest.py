@@ -4,7 +4,8 @@ import pytest
 
 from cluster.driver import Driver
 from cluster.recovery import RecoveryPolicy
-from tests.fakes import EOS, VOCAB_SIZE, HashExecutor, engine_config
+from tests.fakes import HashExecutor, engine_config
+from tests.hash_model import EOS, VOCAB_SIZE
 
 QUICK = RecoveryPolicy(max_attempts=3, backoff_s=0.01)
 

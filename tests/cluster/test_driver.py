@@ -9,7 +9,8 @@ import pytest
 from cluster.engine_loop import Call
 from engine.errors import EngineUnavailable, PromptTooLong, RequestError
 from tests.driver_clients import assert_expected, assert_no_blocks_used, join, make_request
-from tests.fakes import VOCAB_SIZE, HashExecutor, engine_config
+from tests.fakes import HashExecutor, engine_config
+from tests.hash_model import VOCAB_SIZE
 
 
 def test_64_streams_get_their_tokens_in_one_message_a_step(make_driver):

@@ -5,7 +5,8 @@ from engine.grammar import Grammar
 from engine.llm_engine import LLMEngine
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from tests.fakes import EOS, VOCAB_SIZE, HashExecutor, engine_config
+from tests.fakes import HashExecutor, engine_config
+from tests.hash_model import EOS, VOCAB_SIZE
 
 
 def run_engine(count, vocab_size=VOCAB_SIZE, **changes):

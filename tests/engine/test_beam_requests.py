@@ -12,7 +12,8 @@ from engine.llm_engine import LLMEngine
 from engine.request import Request, SequenceOutput
 from engine.sampling_params import SamplingParams
 from engine.step import pack, unpack
-from tests.fakes import EOS, VOCAB_SIZE, Collected, HashExecutor, engine_config, expected_tokens, random_prompt
+from tests.fakes import Collected, HashExecutor, engine_config
+from tests.hash_model import EOS, VOCAB_SIZE, expected_tokens, random_prompt
 
 PROMPT = random_prompt(random.Random(1), 21)
 

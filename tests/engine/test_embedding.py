@@ -16,16 +16,8 @@ from engine.errors import ExecutorDied, PromptTooLong, RequestError
 from engine.llm_engine import LLMEngine
 from engine.request import Request, SequenceOutput
 from engine.step import Pooling
-from tests.fakes import (
-    EOS,
-    VOCAB_SIZE,
-    HashExecutor,
-    attend,
-    engine_config,
-    expected_tokens,
-    fake_vector,
-    random_prompt,
-)
+from tests.fakes import HashExecutor, engine_config
+from tests.hash_model import EOS, VOCAB_SIZE, attend, expected_tokens, fake_vector, random_prompt
 
 
 def make_engine(executor: HashExecutor) -> LLMEngine:

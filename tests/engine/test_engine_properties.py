@@ -18,17 +18,8 @@ from engine.llm_engine import LLMEngine
 from engine.request import Request, SequenceOutput
 from engine.sampling_params import SamplingParams
 from engine.step import pack, unpack
-from tests.fakes import (
-    EOS,
-    VOCAB_SIZE,
-    Collected,
-    HashExecutor,
-    attend,
-    engine_config,
-    expected_tokens,
-    fake_logprob,
-    random_prompt,
-)
+from tests.fakes import Collected, HashExecutor, engine_config
+from tests.hash_model import EOS, VOCAB_SIZE, attend, expected_tokens, fake_logprob, random_prompt
 
 MAX_PROMPT = 24
 PREFIXES = [random_prompt(random.Random(number), MAX_PROMPT) for number in range(3)]

@@ -8,7 +8,8 @@ from engine.errors import PromptTooLong
 from engine.limits import Limits
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from tests.fakes import VOCAB_SIZE, engine_config
+from tests.fakes import engine_config
+from tests.hash_model import VOCAB_SIZE
 
 
 def request(num_tokens: int, max_tokens: int | None) -> Request:

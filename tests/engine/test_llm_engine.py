@@ -14,7 +14,8 @@ from engine.llm_engine import LLMEngine
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.step import StepPlan, StepResult, pack
-from tests.fakes import EOS, VOCAB_SIZE, Collected, HashExecutor, engine_config, expected_tokens, random_prompt
+from tests.fakes import Collected, HashExecutor, engine_config
+from tests.hash_model import EOS, VOCAB_SIZE, expected_tokens, random_prompt
 
 NEVER = 10**15
 """An `eos_every` at which no sample meets its end of sequence."""

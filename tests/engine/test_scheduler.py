@@ -12,7 +12,8 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledStep, Scheduler
 from engine.sequence import Group, Sequence, Status
 from engine.step import StepPlan, unpack
-from tests.fakes import engine_config, random_prompt
+from tests.fakes import engine_config
+from tests.hash_model import random_prompt
 
 
 class Bench:
