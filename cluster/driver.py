@@ -37,7 +37,7 @@ from cluster.messages import (
 from cluster.metrics import Buckets, RayMetrics, buckets, snapshot
 from cluster.placement import DRIVER_CPUS, place, shortage
 from cluster.processes import end_process
-from cluster.rank_group import start_ranks
+from cluster.rank_launcher import RankLauncher
 from cluster.ray_executor import RayExecutor
 from cluster.recovery import RecoveryPolicy
 from cluster.worker_actor import RankFacts, environment, on_thread, set_up_process
@@ -316,7 +316,7 @@ def start_driver(
         placement = place(config, placement_group, name=full_name, timeout_s=config.resources_timeout_s)
         strategy = PlacementGroupSchedulingStrategy(placement_group, 0)
         if not workers_of(engine_name):  # else a driver before this one left them
-            begun = start_ranks(engine_name, config, model_config, placement, actor_name)
+            begun = RankLauncher(engine_name, config, model_config, placement, actor_name).start_ranks()
     actor = ray.remote(concurrency_groups={CONTROL: 4})(MantaDriver)
     driver = actor.options(
         name=actor_name,

@@ -5,97 +5,60 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
 import ray
 
-from cluster.actors import free_name, raise_failure, summary
+from cluster.actors import gather, summary
 from cluster.adoption import take_over
 from cluster.framing import Ticket
-from cluster.placement import Bundle, Placement, rank_bundle, shortage, wait_for
-from cluster.processes import end_process, process_state
+from cluster.placement import shortage, wait_for
+from cluster.rank import Rank
+from cluster.rank_launcher import RankLauncher
 from cluster.rank_loop import Progress
 from cluster.recovery import RETRY_AFTER_S
-from cluster.spares import Spares
-from cluster.worker_actor import MantaWorker, RankFacts, actor_class, environment, purpose_of, spare_class
-from engine.config import EngineConfig
+from cluster.spares import Spares, spares_wanted
+from cluster.worker_actor import RankFacts, purpose_of
 from engine.errors import ExecutorDied, ResourcesMissing
 from engine.executor import CacheCapacity
-from engine.model_config import ModelConfig
 from engine.worker.start_log import StartLog
 
 logger = logging.getLogger(__name__)
 
-ANSWER_TIMEOUT_S = 5.0
-"""Long enough for a process that holds its interpreter, or waits for a core; a stopped one is recognised at once."""
-ANSWER_LOOKS = 10
-STOPPED_LOOKS = 2
-"""A debugger stops a process for a moment."""
 MEET_TIMEOUT_S = 120.0
 SURVIVE_TIMEOUT_S = 2.0
 """How long a rank whose peer died may take to leave its step; then it is replaced too."""
 CUT_EVERY_S = 30.0
 """Ranks that lose each other again sooner are all replaced."""
-SAY_EVERY_S = 5.0
 START_NOTE_S = 10.0
-
-
-class Rank(msgspec.Struct):
-    """One worker actor."""
-
-    actor: Any
-    told: Any = None
-    """Its call of `facts`, until it is read."""
-    facts: RankFacts | None = None
-    capacity: CacheCapacity | None = None
-    """What its cache holds, once it is allocated."""
-    loop: Any = None
-    """Its run_loop task."""
-    resting: bool = False
-    """It outlived a failure, and nothing was asked of it since."""
-    asked: Any = None
-    """A call of `progress` that is not read yet."""
-    asked_s: float = 0.0
-    looks: int = 0
-    """How often its answer was looked for since."""
-    stops: int = 0
-    """At how many looks in a row its process was stopped."""
 
 
 class RankGroup:
     """One actor a rank, in its places. `bring_up` starts those that are missing.
 
-    With the name of a `driver`, in whose process this is, the actors outlive it for a while: see `adopt`. `begun` are
-    the actors of all ranks when somebody has called start_ranks.
+    Actors that the `launcher` starts for a driver, in whose process this is, outlive it for a while: see `adopt`.
+    `begun` are the actors of all ranks when somebody has called RankLauncher.start_ranks.
     """
 
     def __init__(
         self,
-        name: str,
-        config: EngineConfig,
-        model_config: ModelConfig,
-        placement: Placement,
+        launcher: RankLauncher,
         *,
-        worker_class: type[MantaWorker] = MantaWorker,
         load_timeout_s: float = 3600.0,
         on_wait: Callable[[str], None] = lambda _: None,
-        driver: str = "",
         begun: Sequence[Any] = (),
         with_spares: bool = False,
     ) -> None:
-        self.name = name
-        self._config, self._model_config, self._placement = config, model_config, placement
+        self.name, self._config, self._placement = launcher.name, launcher.config, launcher.placement
+        self._launcher = launcher
         self._node_id = ray.get_runtime_context().get_node_id()
-        self._actor_class, self._spare_class = actor_class(worker_class), spare_class(worker_class)
-        self._driver = driver
         self._load_timeout_s = load_timeout_s
         self._on_wait = on_wait
-        self._ranks: list[Rank | None] = [None] * config.tensor_parallel_size
+        size = self._config.tensor_parallel_size
+        self._ranks: list[Rank | None] = [None] * size
         self._ranks[: len(begun)] = [Rank(actor, told=actor.facts.remote()) for actor in begun]
-        self._places: list[RankFacts | None] = [None] * config.tensor_parallel_size
+        self._places: list[RankFacts | None] = [None] * size
         """Where each rank was last."""
         self._cut_s = -CUT_EVERY_S
         """When all were kept last."""
@@ -127,8 +90,8 @@ class RankGroup:
         legacy = take_over(
             self.name,
             len(self._ranks),
-            purpose_of(self._config, self._model_config),
-            self._driver,
+            purpose_of(self._config, self._launcher.model_config),
+            self._launcher.driver,
             can_rejoin=self._config.device == "cpu",
         )
         for index, found in enumerate(legacy.ranks):
@@ -158,7 +121,7 @@ class RankGroup:
         measured = [None] * len(ranks) if self._together else self._meet(ranks)
         self._together = False
         log.part("loading")
-        capacity = least([held for rank, found in zip(ranks, measured) if (held := found or rank.capacity)])
+        capacity = CacheCapacity.least(held for rank, found in zip(ranks, measured) if (held := found or rank.capacity))
         changed = [rank for rank in ranks if rank.capacity != capacity]
         self._gather("allocating", [(rank, rank.actor.allocate.remote(capacity)) for rank in changed])
         for rank in changed:
@@ -229,17 +192,12 @@ class RankGroup:
                 if spare is not None:
                     self._ranks[index] = Rank(spare[0], told=spare[1])
                     continue
-            actor = self._start(self._actor_class, name, index, index)
+            actor = self._launcher.start_rank(index)
             self._ranks[index] = Rank(actor, told=actor.facts.remote())
 
     def _start_spare(self, node_id: str) -> Any:
         place = [facts.node_id for facts in self.facts].index(node_id)
-        return self._start(self._spare_class, f"{self.name}:spare", None, place)
-
-    def _start(self, kind: Any, name: str, rank: int | None, place: int) -> Any:
-        return _start_worker(
-            kind, name, self._config, self._model_config, self._placement, rank=rank, place=place, driver=self._driver
-        )
+        return self._launcher.start_spare(place)
 
     def _meeting(self) -> str:
         """Where the ranks meet: served by rank 0, on loopback when all are on one node."""
@@ -254,20 +212,9 @@ class RankGroup:
         return address
 
     def _gather(self, what: str, calls: list[tuple[Rank, Any]]) -> list[Any]:
-        """The results of one call a rank; tells the log what is slow. Raises what a rank raised, or ExecutorDied."""
-        began_s, indices = time.monotonic(), {ref: self._ranks.index(rank) for rank, ref in calls}
-        waiting = list(indices)
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=SAY_EVERY_S)
-            for ref in done:
-                raise_failure(ref, indices[ref], what)
-            waited_s = time.monotonic() - began_s
-            if waiting and waited_s >= self._load_timeout_s:
-                slow = tuple(indices[ref] for ref in waiting)
-                raise ExecutorDied(f"ranks {slow} did not finish {what} in {self._load_timeout_s:g} s", ranks=slow)
-            if waiting and not done:
-                logger.info("%s: %s: %d of %d ranks left (%.0f s)", self.name, what, len(waiting), len(calls), waited_s)
-        return [ray.get(ref) for _, ref in calls]
+        """The results of one call a rank. Raises as actors.gather."""
+        numbered = [(self._ranks.index(rank), ref) for rank, ref in calls]
+        return gather(self.name, what, numbered, self._load_timeout_s)
 
     # While they run
 
@@ -293,23 +240,12 @@ class RankGroup:
             with contextlib.suppress(Exception):  # it is dead, and `ended` tells
                 answers = ray.get(asked)
         for rank in ranks:
-            rank.asked, rank.asked_s, rank.looks = rank.actor.progress.remote(), now_s, 0
+            rank.ask(now_s)
         return answers
 
     def frozen(self) -> tuple[int, ...]:
         """Ranks whose process is stopped, or has not answered `progress` for a while. Never blocks."""
-        return tuple(index for index, rank in enumerate(self.ranks) if self._is_frozen(rank))
-
-    def _is_frozen(self, rank: Rank) -> bool:
-        facts = rank.facts
-        stopped = facts is not None and facts.node_id == self._node_id and process_state(facts.pid) in ("T", "t")
-        rank.stops = rank.stops + 1 if stopped else 0
-        if rank.stops >= STOPPED_LOOKS:
-            return True
-        rank.looks += 1
-        late = rank.asked is not None and time.monotonic() - rank.asked_s > ANSWER_TIMEOUT_S
-        # Several looks: this process may have been held up itself.
-        return late and rank.looks >= ANSWER_LOOKS and not ray.wait([rank.asked], timeout=0)[0]
+        return tuple(index for index, rank in enumerate(self.ranks) if rank.is_frozen(self._node_id))
 
     # Down
 
@@ -336,8 +272,7 @@ class RankGroup:
             if rank is not None and index not in kept:
                 self._end(index, 0.0)
             elif rank is not None:
-                rank.loop = rank.asked = None
-                rank.resting = True
+                rank.rest()
 
     def _survivors(self) -> list[int]:
         loops = {rank.loop: index for index, rank in enumerate(self._ranks) if rank is not None and rank.loop}
@@ -361,67 +296,5 @@ class RankGroup:
 
     def _end(self, index: int, patience_s: float) -> None:
         rank, self._ranks[index] = self._ranks[index], None
-        if rank is None:
-            return
-        with contextlib.suppress(Exception):
-            ray.kill(rank.actor)
-        if rank.facts is not None and rank.facts.node_id == self._node_id:
-            end_process(rank.facts.pid, patience_s)
-
-
-def start_ranks(
-    name: str, config: EngineConfig, model_config: ModelConfig, placement: Placement, driver: str
-) -> list[Any]:
-    """Start a process for every rank of an engine called `name`, for the RankGroup of a `driver` that is to come.
-
-    Processes and their imports take seconds, the driver's too: so they take them at the same time.
-    """
-    kind = actor_class()
-    return [
-        _start_worker(
-            kind, f"{name}:rank{rank}", config, model_config, placement, rank=rank, place=rank, driver=driver
-        )
-        for rank in range(config.tensor_parallel_size)
-    ]
-
-
-def _start_worker(
-    kind: Any,
-    name: str,
-    config: EngineConfig,
-    model_config: ModelConfig,
-    placement: Placement,
-    *,
-    rank: int | None,
-    place: int,
-    driver: str,
-) -> Any:
-    """A process in the place of a rank: that rank's, or a spare's, which takes nothing from it."""
-    resources: Bundle = {"CPU": 0.0} if rank is None else rank_bundle(config)
-    return kind.options(
-        name=free_name(name),
-        num_cpus=resources["CPU"],
-        num_gpus=resources.get("GPU", 0),
-        scheduling_strategy=placement.strategy(place),
-        runtime_env={"env_vars": environment(config)},
-        max_restarts=0,
-        lifetime="detached" if driver else None,
-    ).remote(name, config, model_config, rank, driver)
-
-
-def spares_wanted(config: EngineConfig, nodes: list[str]) -> dict[str, int]:
-    """How many spares each node gets, given the nodes of the ranks."""
-    wanted = config.warm_spares
-    replaced = Counter(nodes if config.device == "cuda" else set(nodes))
-    return {node_id: count if wanted is None else wanted for node_id, count in replaced.items()}
-
-
-def least(capacities: list[CacheCapacity]) -> CacheCapacity:
-    """What every rank can hold."""
-    sizes = {capacity.block_size for capacity in capacities}
-    assert len(sizes) == 1, f"ranks disagree on the block size: {sizes}"
-    return CacheCapacity(
-        num_blocks=min(capacity.num_blocks for capacity in capacities),
-        block_size=sizes.pop(),
-        num_host_blocks=min(capacity.num_host_blocks for capacity in capacities),
-    )
+        if rank is not None:
+            rank.end(self._node_id, patience_s)

@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup
 from cluster.actors import summary
 from cluster.placement import Placement, place
 from cluster.rank_group import RankGroup
+from cluster.rank_launcher import RankLauncher
 from cluster.rank_loop import FAULT, decode_fault
 from cluster.stall_watch import StallWatch
 from cluster.step_channel import ActorChannel, SocketChannel, StepChannel
@@ -54,7 +55,7 @@ class RayExecutor:
     are missing: what it raises ends the wait. `first_step_s` is what a step may take that compiles kernels.
 
     With the name of a `driver`, this process's, the actors outlive it, and those that an earlier one left are used, or
-    those that were `begun` for it (see rank_group.start_ranks).
+    those that were `begun` for it (see RankLauncher.start_ranks).
     `with_spares`: processes wait to replace ranks that die, see config.warm_spares. `config` is resolved.
     """
 
@@ -109,15 +110,13 @@ class RayExecutor:
             self._placement = place(
                 self._config, self._given_group, name=self.name, timeout_s=self._config.resources_timeout_s
             )
+            launcher = RankLauncher(
+                self.name, self._config, self._model_config, self._placement, self._driver, self._worker_class
+            )
             self._group = RankGroup(
-                self.name,
-                self._config,
-                self._model_config,
-                self._placement,
-                worker_class=self._worker_class,
+                launcher,
                 load_timeout_s=self._load_timeout_s,
                 on_wait=self._on_wait,
-                driver=self._driver,
                 begun=self._begun,
                 with_spares=self._with_spares,
             )

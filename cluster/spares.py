@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import ray
 
 from cluster.processes import end_process
 from cluster.worker_actor import RankFacts
+from engine.config import EngineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,13 @@ class Spares:
             for spare in spares:
                 _end(spare)
         self._by_node.clear()
+
+
+def spares_wanted(config: EngineConfig, nodes: Sequence[str]) -> dict[str, int]:
+    """How many spares each node gets, given the nodes of the ranks."""
+    wanted = config.warm_spares
+    replaced = Counter(nodes if config.device == "cuda" else set(nodes))
+    return {node_id: count if wanted is None else wanted for node_id, count in replaced.items()}
 
 
 def _is_dead(spare: Spare) -> bool:

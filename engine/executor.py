@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -18,6 +19,13 @@ class CacheCapacity(msgspec.Struct, frozen=True):
     block_size: int
     """Tokens a block."""
     num_host_blocks: int = 0
+
+    @classmethod
+    def least(cls, ranks: Iterable[CacheCapacity]) -> CacheCapacity:
+        """What every rank can hold, given what each of them can; at least one."""
+        block_sizes, blocks, host_blocks = zip(*((r.block_size, r.num_blocks, r.num_host_blocks) for r in ranks))
+        assert len(set(block_sizes)) == 1, f"ranks disagree on the block size: {block_sizes}"
+        return cls(num_blocks=min(blocks), block_size=block_sizes[0], num_host_blocks=min(host_blocks))
 
 
 class Executor(Protocol):
