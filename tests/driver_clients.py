@@ -1,8 +1,11 @@
 """Clients of a driver over ranks that hash: what they ask, collect and expect."""
 
 import asyncio
+import contextlib
+import threading
 
 from cluster.driver_client import DriverClient
+from cluster.engine_loop import Call
 from cluster.messages import error_of
 from engine.request import Request
 from engine.sampling_params import SamplingParams
@@ -39,7 +42,7 @@ class Collector:
         self.disconnected.append(reason)
         self.changed.set()
 
-    async def until(self, condition, timeout_s=20):
+    async def until(self, condition, timeout_s=120):
         async with asyncio.timeout(timeout_s):
             while not condition():
                 self.changed.clear()
@@ -52,6 +55,18 @@ async def join(driver):
         driver.ticket, on_outputs=collector.on_outputs, on_disconnect=collector.on_disconnect
     )
     return client, collector
+
+
+@contextlib.asynccontextmanager
+async def standing_still(driver, client):
+    """The driver's loop does nothing, between two steps: what the client sends meanwhile it finds all at once."""
+    go_on = threading.Event()
+    driver.loop.post(None, Call(go_on.wait))
+    try:
+        yield
+        await client.health()  # comes after what was sent before it, and needs no loop
+    finally:
+        go_on.set()
 
 
 def assert_expected(collector, requests, model_len=64):

@@ -8,7 +8,7 @@ import pytest
 from cluster.recovery import RecoveryPolicy
 from engine.errors import EngineUnavailable, ExecutorDied, RequestFailed, ResourcesMissing
 from engine.step import unpack
-from tests.driver_clients import assert_expected, assert_no_blocks_used, join, make_request
+from tests.driver_clients import assert_expected, assert_no_blocks_used, join, make_request, standing_still
 from tests.fakes import HashExecutor, engine_config
 
 
@@ -189,9 +189,11 @@ class WaitingRestart(HashExecutor):
 
     def __init__(self, config, **options):
         super().__init__(config, **options)
-        self.on_wait, self.arrived = None, threading.Event()
+        self.on_wait, self.told, self.arrived = None, threading.Event(), threading.Event()
 
     def restart(self):
+        self.on_wait("waiting for resources: needs 2 GPU")
+        self.told.wait()  # what a test sends meanwhile is found at the next call
         while not self.arrived.wait(0.01):
             self.on_wait("waiting for resources: needs 2 GPU")
         self.on_wait("")
@@ -201,16 +203,18 @@ class WaitingRestart(HashExecutor):
 def test_while_resources_are_missing_new_requests_are_refused_and_running_ones_wait(make_driver):
     async def main():
         config = engine_config(max_num_seqs=4, max_model_len=2000)
-        executor = WaitingRestart(config, fail_at=frozenset({30}))
+        # Once four have tokens: a step is submitted before the last one's results are out.
+        began = lambda plan: plan.epoch == 0 and plan.num_decodes == 4 and plan.step > 3
+        executor = WaitingRestart(config, fail_when=began)
         driver = make_driver(executor, config=config, policy=RecoveryPolicy(patience_s=0.2))
         executor.on_wait = driver.loop.waits
         client, collector = await join(driver)
         running = [make_request(f"r{i}", seed=i, ignore_eos=True, max_tokens=200) for i in range(4)]
-        for request in [*running, make_request("waits"), make_request("aborted")]:
-            client.submit(request)
-        async with asyncio.timeout(10):
-            while (health := await client.health()).healthy:
-                assert not client.closed
+        async with standing_still(driver, client):
+            for request in [*running, make_request("waits"), make_request("aborted")]:
+                client.submit(request)
+        while (health := await client.health()).healthy:
+            assert not client.closed
         assert (health.state, health.live, health.waiting_for) == (
             "recovering",
             True,
@@ -218,6 +222,8 @@ def test_while_resources_are_missing_new_requests_are_refused_and_running_ones_w
         )
         client.abort("aborted")
         client.submit(make_request("late"))
+        await client.health()  # the driver has both
+        executor.told.set()
         await collector.until(lambda: ("late", 0) in collector.ends)
         await collector.until(lambda: ("waits", 0) in collector.ends)
         for name in ("late", "waits"):
@@ -242,6 +248,7 @@ def test_a_wait_for_resources_ends_when_the_engine_is_stopped(make_driver):
     async def main():
         config = engine_config()
         executor = WaitingRestart(config, fail_at=frozenset({3}))
+        executor.told.set()
         driver = make_driver(executor, config=config)
         executor.on_wait = driver.loop.waits
         client, collector = await join(driver)

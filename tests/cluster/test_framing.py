@@ -52,7 +52,7 @@ def test_connection_carries_large_messages_both_ways_and_ends_with_none():
         assert left.receive() == payload
     left.close()
     assert left.receive() is None
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
     with pytest.raises(OSError, match=r"."):
         left.send(b"late")

@@ -61,7 +61,7 @@ def run():
         links.append(link)
 
         def join():
-            thread.join(5)
+            thread.join(60)
             assert not thread.is_alive()
             return reasons[0]
 
@@ -96,7 +96,7 @@ def test_the_next_plan_is_on_the_device_before_the_first_is_done(run):
     for step in range(3):
         link.push_plan(encode(StepPlan(0, step)))
     for _ in range(3):
-        assert worker.submitted.acquire(timeout=5)
+        assert worker.submitted.acquire(timeout=60)
     assert loop.progress.done == 0
     assert loop.progress.busy_s > 0
     worker.gates[2].set()
@@ -129,7 +129,7 @@ def test_a_failing_step_is_told_with_its_trace(run, where):
         link.push_plan(encode(StepPlan(0, step)))
     if where == "wait_errors":
         for _ in range(2):
-            assert worker.submitted.acquire(timeout=5)
+            assert worker.submitted.acquire(timeout=60)
         for gate in worker.gates:
             gate.set()
     assert result_of(link.take_answer()).step == 0
