@@ -33,6 +33,6 @@ async def embed(
     params = embedding_params(truncate_prompt_tokens, priority or 0)
     if dimensions is not None:
         check_dimensions(dimensions, service.hidden_size)
-    ids = [await service.encode_prompt(prompt, params) for prompt in prompts]
+    ids = await service.encode_prompts(prompts, params)
     results = await service.embed(ids, params, pooling=pooling, request_id=request_id, cache_salt=cache_salt or "")
     return [(result, unit_vector(result, dimensions)) for result in results]

@@ -11,8 +11,8 @@ import copy
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self, TypeVar
 
 from cluster.messages import DriverHealth, error_of
 from cluster.recovery import RETRY_AFTER_S
@@ -34,7 +34,8 @@ _NOT_VARIABLES = {"self", "messages", "tools", "documents", "chat_template"}
 EMBEDDED_AT_ONCE = 256
 """Prompts of one call that are embedded at once: a longer list does not fill the queue."""
 LONG_TEXT_CHARS = 8192
-"""Longer texts are tokenized on another thread: 8 Ki characters take about a millisecond."""
+"""Longer texts, all of a call together, are tokenized on another thread: 8 Ki characters take milliseconds."""
+T = TypeVar("T")
 
 
 class EngineClient(Protocol):
@@ -224,21 +225,27 @@ class ModelService:
         size = sum(len(str(m.get("content", ""))) for m in messages if isinstance(m, Mapping))
         if size > LONG_TEXT_CHARS:
             self.check_room()
-            ids = await asyncio.to_thread(self.tokenizer.apply_chat_template, messages, **arguments)
-        else:
-            ids = self.tokenizer.apply_chat_template(messages, **arguments)
+        ids = await beside_the_loop(size, lambda: self.tokenizer.apply_chat_template(messages, **arguments))
         if not ids:
             raise RequestError("messages: the chat template made an empty prompt of them", param="messages")
         return ids if params.truncate_prompt_tokens is None else ids[-params.truncate_prompt_tokens :]
 
     async def encode_prompt(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
         """Checked token ids of a text or of token ids. Raises RequestError."""
-        if not prompt:
+        (ids,) = await self.encode_prompts([prompt], params)
+        return ids
+
+    async def encode_prompts(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams) -> list[list[int]]:
+        """The same of every prompt of one call. Raises RequestError."""
+        if not all(prompts):
             raise RequestError("prompt: empty; at least one token is needed", param="prompt")
-        if len(prompt) > LONG_TEXT_CHARS:
+
+        def encode() -> list[list[int]]:
+            return [prepare_prompt(prompt, params, self.tokenizer, self.vocab_size) for prompt in prompts]
+
+        if (size := sum(map(len, prompts))) > LONG_TEXT_CHARS:
             self.check_room()
-            return await asyncio.to_thread(prepare_prompt, prompt, params, self.tokenizer, self.vocab_size)
-        return prepare_prompt(prompt, params, self.tokenizer, self.vocab_size)
+        return await beside_the_loop(size, encode)
 
     def sampling_params(self, given: Mapping[str, Any], **defaults: Any) -> SamplingParams:
         """SamplingParams of the fields a request gave; the model's defaults, then `defaults`, fill the others.
@@ -378,6 +385,11 @@ class ModelService:
                 param="max_tokens",
             )
         return params
+
+
+async def beside_the_loop(size: int, work: Callable[[], T]) -> T:
+    """What `work` gives; on another thread, which lets streams go on meanwhile, for a text longer than is done soon."""
+    return await asyncio.to_thread(work) if size > LONG_TEXT_CHARS else work()
 
 
 def _log_end(generation: Generation) -> None:

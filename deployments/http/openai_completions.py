@@ -54,7 +54,7 @@ class _Completions(Call[CompletionRequest]):
 
     async def start(self) -> None:
         """Tokenize and submit every prompt; none is submitted when one is at fault."""
-        ids = [await self.service.encode_prompt(prompt, self.params) for prompt in self.prompts]
+        ids = await self.service.encode_prompts(self.prompts, self.params)
         if self.body.echo:
             self.echoes = [p if isinstance(p, str) else self.service.tokenizer.decode_raw(p) for p in self.prompts]
         self.submit(ids, self.params)

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from deployments.http.answers import JsonResponse
 from deployments.http.context import answer_headers, body_of, check_model, service_of
 from deployments.http.tgi_types import SimpleToken
-from deployments.service import ModelService
+from deployments.service import ModelService, beside_the_loop
 from engine.errors import RequestError
 from engine.sampling_params import SamplingParams
 
@@ -51,7 +51,8 @@ async def tokenize(request: Request) -> Response:
     if len(given) != 1:
         raise RequestError(f"got {' and '.join(given) or 'none'}: one of prompt, messages or inputs is needed")
     if body.inputs is not None:
-        return _answer(body, _simple_tokens(service, body.inputs))
+        inputs = body.inputs
+        return _answer(body, await beside_the_loop(len(inputs), lambda: _simple_tokens(service, inputs)))
     if body.messages is not None:
         ids = await service.encode_chat(
             body.messages,
@@ -63,10 +64,13 @@ async def tokenize(request: Request) -> Response:
             variables=body.chat_template_kwargs,
         )
     else:
-        assert body.prompt is not None
-        ids = service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        prompt = body.prompt or ""
+        special = body.add_special_tokens is not False
+        ids = await beside_the_loop(len(prompt), lambda: service.tokenizer.encode(prompt, add_special_tokens=special))
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.config.model_len, "tokens": ids}
-    answer["token_strs"] = [service.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+    answer["token_strs"] = None
+    if body.return_token_strs:
+        answer["token_strs"] = await beside_the_loop(len(ids), lambda: [service.tokenizer.token_text(i) for i in ids])
     return _answer(body, answer)
 
 
@@ -80,7 +84,8 @@ async def detokenize(request: Request) -> Response:
             raise RequestError(
                 f"tokens[{place}]: got {token}, allowed: 0 to {service.vocab_size - 1}", param=f"tokens[{place}]"
             )
-    return _answer(body, {"prompt": service.tokenizer.decode_raw(body.tokens)})
+    text = await beside_the_loop(len(body.tokens), lambda: service.tokenizer.decode_raw(body.tokens))
+    return _answer(body, {"prompt": text})
 
 
 def _simple_tokens(service: ModelService, text: str) -> list[SimpleToken]:

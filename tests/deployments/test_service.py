@@ -105,6 +105,22 @@ def test_a_beam_search_begins_anew_on_another_engine(server: Any, other_driver: 
     server.wait_idle()
 
 
+@pytest.mark.parametrize("prompts", [["a " * 9000], ["a b c "] * 3000, [[5] * 9000], [[5, 6]] * 5000], ids=len)
+def test_streams_go_on_while_much_is_tokenized(service: ModelService, prompts: list[Any]) -> None:
+    """A long text, or many short ones in a call, leave the event loop to others."""
+
+    async def main() -> list[list[int]]:
+        encoding = asyncio.ensure_future(service.encode_prompts(prompts, PARAMS))
+        await asyncio.sleep(0)  # it has begun; on this thread it would have ended, too
+        assert not encoding.done()
+        return await encoding
+
+    alone = [asyncio.run(service.encode_prompt(prompt[:100], PARAMS)) for prompt in prompts[:3]]
+    ids = asyncio.run(main())
+    assert len(ids) == len(prompts)
+    assert [one[:40] for one in ids[:3]] == [one[:40] for one in alone]
+
+
 def test_an_engine_that_is_gone_for_good(server: Any, service: ModelService) -> None:
     async def main() -> None:
         client = await connect(service, server.driver)

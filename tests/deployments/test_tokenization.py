@@ -21,6 +21,15 @@ def test_text_and_back(server):
     assert post(server, "/detokenize", tokens=bare).json()["prompt"] == "Grüße, 12 🐱!"
 
 
+def test_long_text_and_back(server):
+    """On another thread than short ones."""
+    text = "Grüße, 12 🐱! " * 900
+    ids = post(server, "/tokenize", prompt=text, add_special_tokens=False, return_token_strs=True).json()
+    assert ids["count"] == len(ids["tokens"]) == len(ids["token_strs"]) > 8192
+    assert post(server, "/detokenize", tokens=ids["tokens"]).json()["prompt"] == text
+    assert [token["id"] for token in post(server, "/tokenize", inputs=text).json()][-100:] == ids["tokens"][-100:]
+
+
 def test_chat_has_the_tokens_that_are_counted(server):
     messages = [{"role": "user", "content": "Hi"}]
     ids = post(server, "/tokenize", messages=messages, return_token_strs=True).json()
