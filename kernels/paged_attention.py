@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import paged_decode, paged_prefill
+from kernels import paged_decode, paged_prefill, prefill_hopper
 from kernels.paged_decode import DecodeWork
 from kernels.registry import kernel
 
@@ -281,6 +281,18 @@ def _prefill_one(
 
 
 @prefill.triton(supports=_why_not_decode)
-def _prefill_triton(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _prefill_fast(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *args: Any,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """In CUDA C++ where there is a kernel for it, otherwise in Triton."""
     _check_heads(q, k_cache)
-    return paged_prefill.prefill(q, k_cache, v_cache, *args, **kwargs)
+    max_seqlen_q = args[3]
+    hopper = prefill_hopper.chosen(q, k_cache, v_cache, max_seqlen_q, scale=scale, softcap=softcap)
+    kernel = prefill_hopper.prefill if hopper else paged_prefill.prefill
+    return kernel(q, k_cache, v_cache, *args, scale=scale, sliding_window=sliding_window, softcap=softcap)

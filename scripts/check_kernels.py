@@ -39,6 +39,7 @@ from kernels import (
 )  # fmt: skip
 from kernels.launch import num_multiprocessors
 from kernels.linear_hopper import HopperConfig
+from scripts import prefill_checks
 from scripts.kernel_timing import copy_bandwidth, matmul_rate, paged_cache, poison, relative_error, time_us
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -260,7 +261,13 @@ def check_sampling(small: bool) -> list[dict[str, Any]]:
     return results
 
 
-CASES = {"small": small_cases, "attention": attention_cases, "linear": linear_cases, "hopper": hopper_cases}
+CASES = {
+    "small": small_cases,
+    "attention": attention_cases,
+    "linear": linear_cases,
+    "hopper": hopper_cases,
+    "prefill": prefill_checks.cases,
+}
 
 
 def check_part(part: int, parts: int, small: bool, kinds: list[str]) -> list[dict[str, Any]]:
@@ -346,6 +353,12 @@ def time_attention() -> Iterator[Timing]:
         yield Timing(f"prefill attention {name}", us, flop=pairs * 32 * 128 * 4)
 
 
+def time_prefill() -> Iterator[Timing]:
+    """Prefill attention of Llama-3-8B's heads, in Triton and on Hopper's matrix units."""
+    for name, us, flop in prefill_checks.timings():
+        yield Timing(f"prefill {name}", us, flop=flop)
+
+
 def time_products() -> Iterator[Timing]:
     """Linear layers with few rows, Llama-3-8B's shapes."""
     for m in (1, 16, 64, 128, 256):
@@ -389,7 +402,13 @@ def time_sampling() -> Iterator[Timing]:
         )
 
 
-GROUPS = {"small": time_small, "attention": time_attention, "products": time_products, "sampling": time_sampling}
+GROUPS = {
+    "small": time_small,
+    "attention": time_attention,
+    "prefill": time_prefill,
+    "products": time_products,
+    "sampling": time_sampling,
+}
 
 
 def roofline(bandwidth: float, rate: float, groups: list[str]) -> list[dict[str, Any]]:
@@ -398,7 +417,9 @@ def roofline(bandwidth: float, rate: float, groups: list[str]) -> list[dict[str,
     for timing in chain.from_iterable(GROUPS[group]() for group in groups):
         limit = max(timing.num_bytes / bandwidth, timing.flop / rate) * 1e6
         rows.append({"kernel": timing.kernel, "us": timing.us, "limit_us": limit, "share": limit / timing.us})
-        print(f"{timing.kernel:32s} {timing.us:9.2f} us  limit {limit:8.2f} us  {limit / timing.us:6.1%}", flush=True)
+        rate_text = f"  {timing.flop / timing.us * 1e-6:6.1f} TFLOP/s" if timing.flop else ""
+        line = f"{timing.kernel:36s} {timing.us:9.2f} us  limit {limit:8.2f} us  {limit / timing.us:6.1%}{rate_text}"
+        print(line, flush=True)
     return rows
 
 

@@ -1,0 +1,447 @@
+// Prefill attention over a paged K/V cache on Hopper's matrix units: kernels/prefill_hopper.py compiles and launches
+// this, and prefixes macros and the products of a warpgroup: wgmma(), with K, and wgmma_values().
+//
+//   D       head size, 64 or 128
+//   KEYS    keys of a tile
+//   BLOCK   tokens of a cache block; KEYS is a multiple of it
+//   STAGES  tiles of K, and tiles of V, in flight
+//   WINDOW  whether there is a sliding window
+//   TURNS   whether the consumers take turns at the matrix units
+//   HALF    float16; otherwise bfloat16
+//
+// A piece of work is ROWS queries of one sequence and head. Its tiles of keys are taken from the last to the first. One
+// warp loads (a bulk tensor copy a cache block and 64 columns, completing on mbarriers); two warpgroups of 64 rows each
+// multiply. While a warpgroup's softmax of one tile is under way the matrix units have its product of the tile before
+// with V, and the other warpgroup's products: they take turns. As in FlashAttention-3, Shah et al. 2024.
+// Symbols: s scores, p probabilities, m running maximum (in powers of two), l running sum, o running output.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short half_bits;
+
+struct alignas(64) TensorMap { char bytes[128]; };
+
+__device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+template <typename T> __device__ __forceinline__ T* shared_pointer(u32 address) {
+  return (T*)__cvta_shared_to_generic(address);
+}
+
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_inits_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}"
+      ::"r"(bar), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 bar, int k, int row, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row), "l"(policy) : "memory");
+}
+
+// What this thread stored to shared memory is seen by the matrix units after the next barrier.
+__device__ __forceinline__ void stores_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void named_sync(int name, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// Shared memory of [rows, 64] in 128-byte swizzle, K contiguous: 8 rows are 1,024 bytes.
+__device__ __forceinline__ u64 matrix_descriptor(u32 address) {
+  return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+template <int COUNT> __device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT> __device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// Nothing that reads or writes these registers moves across.
+template <int N> __device__ __forceinline__ void hold(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+template <int N> __device__ __forceinline__ void hold(u32 (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 out;
+#if HALF
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+#endif
+  return out;
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+// ---- No PTX from here on.
+
+constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, ROWS = 64 * GROUPS;
+constexpr int PANELS = D / 64;  // tiles lie in shared memory in panels of 64 columns: 128 bytes, the swizzle's width
+constexpr int Q_PANEL = ROWS * 128, PANEL = KEYS * 128;
+constexpr int Q_BYTES = PANELS * Q_PANEL, TILE_BYTES = PANELS * PANEL;
+constexpr int BLOCKS = KEYS / BLOCK;  // cache blocks of a tile, a lane each
+constexpr float NOTHING = -1e30f;     // the maximum before the first key: finite, so that differences are numbers
+constexpr float SLACK = 8.0f;         // m may lag by this: p stays under 2^SLACK, and o is seldom rescaled
+enum { TURN = 1, GROUP = TURN + GROUPS };  // named barriers, one of each a warpgroup
+
+// In shared memory, from its first multiple of 1,024 on.
+constexpr u32 Q_AT = 0, K_AT = Q_AT + Q_BYTES, V_AT = K_AT + STAGES * TILE_BYTES, PIECE_AT = V_AT + STAGES * TILE_BYTES;
+constexpr u32 Q_FULL = PIECE_AT + 32, Q_EMPTY = Q_FULL + 8, K_FULL = Q_EMPTY + 8, K_EMPTY = K_FULL + 8 * STAGES;
+constexpr u32 V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
+
+// V as what a product sums over the rows of: in 128-byte swizzle 8 rows are 1,024 bytes, 64 columns a panel.
+__device__ __forceinline__ u64 values_descriptor(u32 address) {
+  return (u64)((address & 0x3FFFF) >> 4) | ((u64)(PANEL >> 4) << 16) | (64ull << 32) | (1ull << 62);
+}
+
+// Where a ring of stages is, and the parity that its barrier is waited for with.
+struct Ring {
+  u32 slot, phase;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == STAGES) slot = 0, phase ^= 1;
+  }
+};
+
+// The pieces in order, of which each block takes a growing sequence: sequence after sequence, in each the last rows
+// first, of all heads. A warp looks for one together.
+struct Schedule {
+  const int* cu_seqlens_q;
+  int num_seqs, heads;
+  int base, passed;  // every 32nd sequence; pieces of the sequences before it
+  int seq, tile, head, start, num_new;
+
+  __device__ __forceinline__ bool find(int piece) {
+    const int lane = threadIdx.x % 32;
+    for (; base < num_seqs; base += 32) {
+      int row = 0, count = 0;
+      if (base + lane < num_seqs) {
+        row = cu_seqlens_q[base + lane];
+        count = cu_seqlens_q[base + lane + 1] - row;
+      }
+      const int tiles = (count + ROWS - 1) / ROWS;
+      int end = tiles;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int before = __shfl_up_sync(~0u, end, step);
+        if (lane >= step) end += before;
+      }
+      const u32 after = __ballot_sync(~0u, piece - passed < end * heads);
+      if (after) {
+        const int owner = __ffs(after) - 1;
+        const int rank = piece - passed - __shfl_sync(~0u, end - tiles, owner) * heads;
+        seq = base + owner, head = rank % heads;
+        tile = __shfl_sync(~0u, tiles, owner) - 1 - rank / heads;
+        start = __shfl_sync(~0u, row, owner), num_new = __shfl_sync(~0u, count, owner);
+        return true;
+      }
+      passed += __shfl_sync(~0u, end, 31) * heads;
+    }
+    return false;  // `passed` is how many there are
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
+    const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
+    const __grid_constant__ TensorMap map_v, half_bits* out, const int* tables, const int* context_lens,
+    const int* cu_seqlens_q, int* taken, int num_rows, int num_seqs, int heads, int group_heads, int table_stride,
+    int cache_rows, float scale, int window, u64 policy) {
+  extern __shared__ char memory[];
+  const u32 at = (address_of(memory) + 1023) & ~1023u;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, or setmaxnreg is ignored
+  const int lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    barrier_init(at + Q_FULL, 1);
+    barrier_init(at + Q_EMPTY, 4 * GROUPS);
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(at + K_FULL + 8 * i, 1);
+      barrier_init(at + V_FULL + 8 * i, 1);
+      barrier_init(at + K_EMPTY + 8 * i, 4 * GROUPS);
+      barrier_init(at + V_EMPTY + 8 * i, 4 * GROUPS);
+    }
+    barrier_inits_fence();
+  }
+  __syncthreads();
+  let_next_start();
+  wait_for_last();
+
+  if (group == GROUPS) {
+    fewer_registers<24>();
+    if (threadIdx.x < CONSUMERS + 32) {
+      Schedule work{cu_seqlens_q, num_seqs, heads, 0, 0};
+      Ring k{0, 1}, v{0, 1};
+      u32 q_phase = 1;
+      // A tile of K or V: each lane loads a cache block, from its first row in the cache.
+      auto load = [&](const TensorMap& map, u32 tiles, u32 full, u32 empty, Ring& ring, int row) {
+        barrier_wait(empty + 8 * ring.slot, ring.phase);
+        if (lane == 0) barrier_expect(full + 8 * ring.slot, TILE_BYTES);
+        __syncwarp();
+        if (lane < BLOCKS) {
+#pragma unroll
+          for (int panel = 0; panel < PANELS; panel++)
+            load_tile(tiles + ring.slot * TILE_BYTES + panel * PANEL + lane * (BLOCK * 128), &map, full + 8 * ring.slot,
+                     work.head / group_heads * D + 64 * panel, row, policy);
+        }
+        ring.advance();
+      };
+      int piece = blockIdx.x;
+      while (work.find(piece)) {
+        int next = 0;
+        if (lane == 0) next = atomicAdd(taken, 1);
+        const int context = context_lens[work.seq], row = work.tile * ROWS;
+        const int position = context - work.num_new + row;  // of the piece's first row
+        const int first = (min(position + ROWS, context) - 1) / KEYS;
+        const int last = WINDOW ? max(position - window + 1, 0) / KEYS : 0;
+        const int* table = tables + (long long)work.seq * table_stride;
+        const int num_blocks = (context + BLOCK - 1) / BLOCK;
+        auto row_of = [&](int n) {  // blocks past the context are loaded from past the cache: zeros
+          const int index = n * BLOCKS + lane;
+          return lane < BLOCKS && index < num_blocks ? table[index] * BLOCK : cache_rows;
+        };
+        int v_row = row_of(first);
+        load(map_k, at + K_AT, at + K_FULL, at + K_EMPTY, k, v_row);
+        barrier_wait(at + Q_EMPTY, q_phase);
+        if (lane == 0) {
+          *shared_pointer<int4>(at + PIECE_AT) = make_int4(work.start + row, work.num_new - row, work.head, position);
+          *shared_pointer<int4>(at + PIECE_AT + 16) = make_int4(first, last, context, 0);
+          barrier_expect(at + Q_FULL, Q_BYTES);
+#pragma unroll
+          for (int panel = 0; panel < PANELS; panel++)
+            load_tile(at + Q_AT + panel * Q_PANEL, &map_q, at + Q_FULL, work.head * D + 64 * panel, work.start + row, policy);
+        }
+        q_phase ^= 1;
+        for (int n = first - 1; n >= last; n--) {
+          const int k_row = row_of(n);
+          load(map_k, at + K_AT, at + K_FULL, at + K_EMPTY, k, k_row);
+          load(map_v, at + V_AT, at + V_FULL, at + V_EMPTY, v, v_row);
+          v_row = k_row;
+        }
+        load(map_v, at + V_AT, at + V_FULL, at + V_EMPTY, v, v_row);
+        piece = gridDim.x + __shfl_sync(~0u, next, 0);
+      }
+      // As many take a piece, or find none, as there are pieces: the last of them sets the counter back.
+      if (lane == 0 && piece - (int)gridDim.x == work.passed - 1) *taken = 0;
+      barrier_wait(at + Q_EMPTY, q_phase);
+      if (lane == 0) {
+        *shared_pointer<int4>(at + PIECE_AT) = make_int4(0, 0, 0, 0);
+        barrier_arrive(at + Q_FULL);
+      }
+    }
+  } else {
+    more_registers<240>();
+    const int quad = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4;  // of the piece; and row + 8
+
+    // Rows that are no sequence's.
+    const int begin = cu_seqlens_q[0], gap = cu_seqlens_q[num_seqs] - begin, row_uint4s = heads * D / 8;
+    for (long long i = blockIdx.x * CONSUMERS + threadIdx.x; i < (long long)(num_rows - gap) * row_uint4s;
+         i += gridDim.x * CONSUMERS)
+      ((uint4*)out)[i < (long long)begin * row_uint4s ? i : i + (long long)gap * row_uint4s] = make_uint4(0, 0, 0, 0);
+
+    Ring k{0, 0}, v{0, 0};
+    float s[KEYS / 2], o[D / 2], m[2], l[2];
+    u32 p[KEYS / 4];
+    auto release = [&](u32 bar) {
+      if (lane == 0) barrier_arrive(bar);
+    };
+    auto begin_scores = [&]() {
+      const u64 a = matrix_descriptor(at + Q_AT + group * (64 * 128));
+      const u64 b = matrix_descriptor(at + K_AT + k.slot * TILE_BYTES);
+      hold(s);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < D / 16; i++)
+        wgmma(s, a + i / 4 * (Q_PANEL / 16) + i % 4 * 2, b + i / 4 * (PANEL / 16) + i % 4 * 2, i > 0);
+      wgmma_commit();
+    };
+    auto begin_values = [&]() {
+      const u64 b = values_descriptor(at + V_AT + v.slot * TILE_BYTES);
+      hold(o), hold(p);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < KEYS / 16; i++) wgmma_values(o, p + 4 * i, b + i * (16 * 128 / 16));
+      wgmma_commit();
+    };
+
+    if (TURNS && group == 1) named_arrive(TURN, CONSUMERS);
+    for (u32 q_phase = 0;; q_phase ^= 1) {
+      barrier_wait(at + Q_FULL, q_phase);
+      const int4 where = *shared_pointer<int4>(at + PIECE_AT), keys = *shared_pointer<int4>(at + PIECE_AT + 16);
+      const int rows = where.y, first = keys.x, last = keys.y, context = keys.z;
+      if (rows == 0) break;
+      const int position = where.w + row, low = where.w + group * 64;  // of this thread's and the group's first row
+
+      // Folds the scores of tile n into m and l: s becomes p, and what is summed up so far is to be scaled by `decay`.
+      float decay[2];
+      auto soften = [&](int n) {
+        const bool edge = WINDOW && n * KEYS <= low + 63 - window;
+        if ((n + 1) * KEYS - 1 > low || edge) {
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const int seen = position + 8 * h - n * KEYS - 2 * quad;
+#pragma unroll
+            for (int e = 0; e < KEYS / 8; e++)
+#pragma unroll
+              for (int c = 0; c < 2; c++)
+                if (8 * e + c > seen || (WINDOW && 8 * e + c <= seen - window))
+                  s[4 * e + 2 * h + c] = __int_as_float(0xFF800000);  // -infinity
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          float top = s[2 * h], other = s[2 * h + 1];
+#pragma unroll
+          for (int e = 1; e < KEYS / 8; e++) top = fmaxf(top, s[4 * e + 2 * h]), other = fmaxf(other, s[4 * e + 2 * h + 1]);
+          top = fmaxf(top, other);
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * scale;
+          const float now = top > m[h] + SLACK ? top : m[h];
+          decay[h] = power_of_two(m[h] - now);
+          m[h] = now;
+          l[h] *= decay[h];
+        }
+#pragma unroll
+        for (int e = 0; e < KEYS / 8; e++)
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            float* x = s + 4 * e + 2 * h;
+            x[0] = power_of_two(x[0] * scale - m[h]), x[1] = power_of_two(x[1] * scale - m[h]);
+            l[h] += x[0] + x[1];
+          }
+      };
+      auto take_over = [&]() {  // once o's last product is done
+#pragma unroll
+        for (int i = 0; i < KEYS / 4; i++) p[i] = pack(s[2 * i], s[2 * i + 1]);
+        if (__any_sync(~0u, decay[0] != 1.0f || decay[1] != 1.0f)) {
+#pragma unroll
+          for (int i = 0; i < D / 2; i++) o[i] *= decay[i / 2 % 2];
+        }
+      };
+
+#pragma unroll
+      for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
+      m[0] = m[1] = NOTHING, l[0] = l[1] = 0.0f;
+
+      barrier_wait(at + K_FULL + 8 * k.slot, k.phase);
+      begin_scores();
+      wgmma_wait<0>();
+      hold(s);
+      release(at + K_EMPTY + 8 * k.slot);
+      if (first == last) release(at + Q_EMPTY);
+      k.advance();
+      soften(first);
+      take_over();
+      barrier_wait(at + V_FULL + 8 * v.slot, v.phase);
+      // Rows past the context may hold anything, and 0 times that need not be 0. Each group clears them for itself.
+      if ((first + 1) * KEYS > context) {
+        const u32 from = at + V_AT + v.slot * TILE_BYTES + (context - first * KEYS) * 128;
+        const int count = ((first + 1) * KEYS - context) * 8;
+        for (int i = threadIdx.x % 128; i < count; i += 128)
+#pragma unroll
+          for (int panel = 0; panel < PANELS; panel++)
+            *shared_pointer<int4>(from + panel * PANEL + 16 * i) = make_int4(0, 0, 0, 0);
+        stores_fence();
+        named_sync(GROUP + group, 128);
+      }
+      for (int n = first - 1; n >= last; n--) {
+        barrier_wait(at + K_FULL + 8 * k.slot, k.phase);
+        if (TURNS) named_sync(TURN + group, CONSUMERS);
+        begin_scores();
+        begin_values();
+        if (TURNS) named_arrive(TURN + 1 - group, CONSUMERS);
+        wgmma_wait<1>();
+        hold(s);
+        release(at + K_EMPTY + 8 * k.slot);
+        if (n == last) release(at + Q_EMPTY);
+        k.advance();
+        soften(n);
+        hold(s);
+        // The next V is waited for here so that there is a branch between the softmax and the end of the product that
+        // it is to overlap: the assembler would move that up.
+        const u32 used = at + V_EMPTY + 8 * v.slot;
+        v.advance();
+        barrier_wait(at + V_FULL + 8 * v.slot, v.phase);
+        wgmma_wait<0>();
+        hold(o), hold(p);
+        release(used);
+        take_over();
+      }
+      begin_values();
+      wgmma_wait<0>();
+      hold(o);
+      release(at + V_EMPTY + 8 * v.slot);
+      v.advance();
+
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        l[h] += __shfl_xor_sync(~0u, l[h], 1);
+        l[h] += __shfl_xor_sync(~0u, l[h], 2);
+        const float share = 1.0f / l[h];
+        half_bits* to = out + ((long long)(where.x + row + 8 * h) * heads + where.z) * D;
+#pragma unroll
+        for (int e = 0; e < D / 8; e += 4) {  // four lanes turn 4 runs of 8 columns so that each stores one of them whole
+          u32 w[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) w[i] = pack(o[4 * (e + i) + 2 * h] * share, o[4 * (e + i) + 2 * h + 1] * share);
+#pragma unroll
+          for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+              if (!(i & bit)) {
+                const bool high = quad & bit;
+                const u32 got = __shfl_xor_sync(~0u, high ? w[i] : w[i + bit], bit);
+                if (high) w[i] = got;
+                else w[i + bit] = got;
+              }
+          if (row + 8 * h < rows) *(uint4*)(to + 8 * (e + quad)) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+      }
+    }
+    if (TURNS && group == 0) named_sync(TURN, CONSUMERS);
+  }
+}

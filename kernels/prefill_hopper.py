@@ -1,0 +1,196 @@
+"""Prefill attention on Hopper's matrix units (compute capability 9.0): the launch of prefill_hopper.cu.
+
+Where it runs in place of the Triton kernel is for `why_not` to say: bfloat16 and float16, heads of 64 and 128, caches
+that lie whole in blocks of 8 to 128 tokens (a bulk tensor copy takes one block), no soft-cap. How many sequences there
+are, how long and where their rows begin it reads on the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.cuda_source import CudaKernel, nvrtc_version, tensor_map
+from kernels.launch import capability, compile_in_rehearsal, dependent_launch, num_multiprocessors
+
+ENABLED = False
+"""Whether the engine uses it."""
+MIN_NEW_TOKENS = 65
+"""Where every run of new tokens is shorter, the Triton kernel's smaller tiles waste less."""
+ROWS = 128
+"""Queries of a piece of work."""
+SHARED_BYTES = 227 * 1024
+LOG2E = 1.4426950408889634
+KEPT = 0x1000000000000000
+"""The bulk copies' cache policy: as usual."""
+
+
+@dataclass(frozen=True)
+class HopperPrefillConfig:
+    """How the kernel is compiled, beside what the call says."""
+
+    keys: int = 128
+    """Of a tile; a multiple of 16 and of the block size."""
+    take_turns: bool = True
+    """Whether the two groups of warps take turns at the matrix units."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one kernel is compiled for."""
+
+    head_dim: int
+    block_size: int
+    window: bool
+    half: bool
+    config: HopperPrefillConfig = HopperPrefillConfig()
+
+    @property
+    def q_bytes(self) -> int:
+        return ROWS * self.head_dim * 2
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a tile of K, or of V."""
+        return self.config.keys * self.head_dim * 2
+
+    @property
+    def stages(self) -> int:
+        """As many as shared memory holds, beside the queries, the barriers and the alignment."""
+        return min(4, (SHARED_BYTES - 2048 - self.q_bytes) // (2 * self.tile_bytes))
+
+    @property
+    def shared_bytes(self) -> int:
+        return 1024 + self.q_bytes + 2 * self.stages * self.tile_bytes + 48 + 32 * self.stages
+
+    def source(self) -> str:
+        """The kernel's text, whole."""
+        assert self.config.keys % self.block_size == 0 and self.config.keys <= 32 * self.block_size
+        values = {
+            "D": self.head_dim, "KEYS": self.config.keys, "BLOCK": self.block_size, "STAGES": self.stages,
+            "WINDOW": int(self.window), "TURNS": int(self.config.take_turns), "HALF": int(self.half),
+        }  # fmt: skip
+        macros = "".join(f"#define {name} {value}\n" for name, value in values.items())
+        kind = "f16" if self.half else "bf16"
+        text = Path(__file__).with_name("prefill_hopper.cu").read_text(encoding="utf-8")
+        return macros + _wgmma(self.config.keys, kind) + _wgmma_values(self.head_dim, kind) + text
+
+
+def _accumulators(count: int) -> tuple[str, str]:
+    """Of an instruction: its first operands, and what they are."""
+    return ", ".join(f"%{i}" for i in range(count)), ", ".join(f'"+f"(d[{i}])' for i in range(count))
+
+
+def _wgmma(keys: int, kind: str) -> str:
+    """A device function: d [64, keys] of a warpgroup plus or equals a [64, 16] times b [keys, 16] transposed."""
+    n = keys // 2
+    registers, operands = _accumulators(n)
+    return f"""
+__device__ __forceinline__ void wgmma(float* d, unsigned long long a, unsigned long long b, int add) {{
+  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{n + 2}, 0;\\n"
+    "wgmma.mma_async.sync.aligned.m64n{keys}k16.f32.{kind}.{kind} {{{registers}}}, %{n}, %{n + 1}, p, 1, 1, 0, 0;\\n}}"
+    : {operands} : "l"(a), "l"(b), "r"(add));
+}}
+"""
+
+
+def _wgmma_values(head_dim: int, kind: str) -> str:
+    """A device function: d [64, head_dim] of a warpgroup plus a [64, 16] in registers times b [16, head_dim]."""
+    n = head_dim // 2
+    registers, operands = _accumulators(n)
+    return f"""
+__device__ __forceinline__ void wgmma_values(float* d, const unsigned int* a, unsigned long long b) {{
+  asm volatile("{{\\n.reg .pred p;\\nsetp.eq.b32 p, 0, 0;\\n"
+    "wgmma.mma_async.sync.aligned.m64n{head_dim}k16.f32.{kind}.{kind} {{{registers}}}, "
+    "{{%{n}, %{n + 1}, %{n + 2}, %{n + 3}}}, %{n + 4}, p, 1, 1, 1;\\n}}"
+    : {operands} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}}
+"""
+
+
+@cache
+def variant_kernel(variant: Variant) -> CudaKernel:
+    return CudaKernel(variant.source(), "attend", threads=384, shared_bytes=variant.shared_bytes)
+
+
+@cache
+def _taken(device: torch.device) -> Tensor:
+    """The counter that blocks take pieces by, zero between launches. Those of one device share one stream.
+
+    The first launch is outside of a recording, which would not set it.
+    """
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, scale: float, softcap: float = 0.0) -> str | None:
+    """Why the kernel cannot compute this; None where it can."""
+    block_size, head_dim = k_cache.shape[1], q.shape[2]
+    if capability(q.device) != (9, 0):
+        return "the Hopper kernel is for compute capability 9.0"
+    if nvrtc_version() < (12, 4):
+        return "libnvrtc 12.4 or later was not found"
+    if softcap > 0 or scale <= 0:
+        return "soft-capped scores, or a scale that is not positive"
+    if head_dim not in (64, 128) or block_size not in (8, 16, 32, 64, 128):
+        return f"heads of {head_dim} in blocks of {block_size}"
+    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k_cache.dtype == v_cache.dtype:
+        return f"{q.dtype} over {k_cache.dtype}"
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()) or q.stride()[1:] != (head_dim, 1):
+        return "caches, or queries, in pieces"
+    if q.stride(0) % 8 or q.data_ptr() % 16 or k_cache.data_ptr() % 16 or v_cache.data_ptr() % 16:
+        return "rows that do not start at multiples of 16 bytes"
+    if k_cache.shape[0] * block_size >= 1 << 31:
+        return "more slots than 32 bits count"
+    return None
+
+
+def chosen(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, max_seqlen_q: int, *, scale: float, softcap: float = 0.0
+) -> bool:
+    """Whether the engine's call goes to this kernel."""
+    if not ENABLED or max_seqlen_q < MIN_NEW_TOKENS:
+        return False
+    return why_not(q, k_cache, v_cache, scale=scale, softcap=softcap) is None
+
+
+def prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
+    max_seqlen_q: int, *, scale: float, sliding_window: int = 0, softcap: float = 0.0,
+    config: HopperPrefillConfig = HopperPrefillConfig(),
+) -> Tensor:  # fmt: skip
+    """kernels.paged_attention.prefill, of a call that `why_not` has nothing against."""
+    assert softcap == 0 and block_tables.stride(1) == 1
+    assert block_tables.dtype == context_lens.dtype == cu_seqlens_q.dtype == torch.int32
+    num_rows, num_heads, head_dim = q.shape
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    num_seqs = context_lens.shape[0]
+    variant = Variant(head_dim, block_size, sliding_window > 0, q.dtype == torch.float16, config)
+    kernel = variant_kernel(variant)
+    out = torch.empty((num_rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if q.is_meta:
+        compile_in_rehearsal("kernels.prefill_hopper.attend", repr(variant), kernel.compile)
+    if q.is_meta or num_rows == 0:
+        return out
+    pieces = num_heads * min(num_seqs * -(-max_seqlen_q // ROWS), num_rows // ROWS + num_seqs)
+    slots = k_cache.shape[0] * block_size
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    tensors = (out, block_tables, context_lens, cu_seqlens_q, _taken(q.device))
+    arguments = [
+        tensor_map(q.as_strided((num_rows, num_heads * head_dim), (q.stride(0), 1)), ROWS),
+        *(tensor_map(cache_.view(slots, num_kv_heads * head_dim), block_size) for cache_ in (k_cache, v_cache)),
+        *(pointer(tensor.data_ptr()) for tensor in tensors),
+        *(integer(value) for value in (num_rows, num_seqs, num_heads, num_heads // num_kv_heads)),
+        integer(block_tables.stride(0)),
+        integer(slots),
+        ctypes.c_float(scale * LOG2E),
+        integer(sliding_window),
+        ctypes.c_uint64(KEPT),
+    ]
+    blocks = max(1, min(pieces, num_multiprocessors(q.device)))
+    kernel.launch(q.device, blocks, arguments, dependent=bool(dependent_launch(q)["PDL"]))
+    return out

@@ -1,0 +1,127 @@
+"""Prefill attention on Hopper's matrix units for scripts.check_kernels: parity over odd runs, times beside Triton's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, product
+
+import torch
+from torch import Tensor
+
+from kernels import paged_attention, paged_prefill, prefill_hopper
+from kernels.prefill_hopper import HopperPrefillConfig
+from scripts.kernel_timing import capture, paged_cache, time_us
+
+Case = tuple[str, Callable[[], list[Tensor]], Callable[[], list[Tensor]], torch.dtype]
+
+# Runs of new tokens, as (context, new tokens).
+PREFILLS = {
+    "2 x 4096": [(4096, 4096)] * 2,
+    "8 x 1024": [(1024, 1024)] * 8,
+    "32 x 256": [(256, 256)] * 32,
+    "512 after 8192": [(8704, 512)],
+    "1 x 8192": [(8192, 8192)],
+    "chat": [(80 + 331 * i % 2900, 80 + 97 * i % 560) for i in range(14)],
+}
+
+
+@dataclass
+class Prefill:
+    """Arguments of prefill attention with random contents; the unused rest of the cache is NaN."""
+
+    runs: list[tuple[int, int]]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    block_size: int = 16
+    window: int = 0
+    before: int = 0
+    after: int = 0
+
+    def __post_init__(self) -> None:
+        contexts, new = [context for context, _ in self.runs], [count for _, count in self.runs]
+        self.k, self.v, tables = paged_cache(contexts, self.block_size, self.kv_heads, self.head_dim, self.dtype)
+        index = torch.arange(tables.shape[1] * self.block_size, device="cuda")
+        unused = (index >= torch.tensor(contexts, device="cuda")[:, None]).view(*tables.shape, self.block_size)
+        for cache in (self.k, self.v):
+            cache[tables[unused.all(2)].long()] = float("nan")
+            partly = unused & ~unused.all(2, keepdim=True)
+            blocks = tables[:, :, None].expand_as(partly)[partly].long()
+            cache[blocks, (index % self.block_size).view(partly.shape[1:]).expand_as(partly)[partly]] = float("nan")
+        starts = [self.before, *accumulate(new, initial=self.before)][1:]
+        ints = [torch.tensor(values, device="cuda", dtype=torch.int32) for values in (contexts, starts)]
+        shape = (starts[-1] + self.after, self.heads, self.head_dim)
+        self.q = torch.randn(shape, device="cuda").to(self.dtype)
+        self.arguments = (self.q, self.k, self.v, tables, *ints, max(new))
+        self.options = {"scale": self.head_dim**-0.5, "sliding_window": self.window}
+
+    @property
+    def flop(self) -> float:
+        pairs = sum(new * (context - new) + new * (new + 1) / 2 for context, new in self.runs)
+        return pairs * self.heads * self.head_dim * 4
+
+    def expected(self) -> list[Tensor]:
+        q, *rest = (x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in self.arguments)
+        return [paged_attention.prefill.definition(q, *rest, **self.options)]
+
+    def triton(self) -> list[Tensor]:
+        return [paged_prefill.prefill(*self.arguments, **self.options)]
+
+    def hopper(self, config: HopperPrefillConfig = HopperPrefillConfig()) -> list[Tensor]:  # noqa: B008 - it is frozen
+        return [prefill_hopper.prefill(*self.arguments, **self.options, config=config)]
+
+
+def _why_not(prefill: Prefill) -> str | None:
+    return prefill_hopper.why_not(*prefill.arguments[:3], scale=prefill.options["scale"])
+
+
+def cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
+    """Prefill on Hopper's matrix units: its tiles' edges, ragged runs, windows, and lengths changed under a graph."""
+    one = [(16, 16)]
+    if dtype == torch.float32 or _why_not(Prefill(one, 4, 1, 128, dtype)) is not None:
+        return
+    runs = {
+        "one": one,
+        "a tile": [(128, 128)],
+        "after a few": [(300, 200)],
+        "ragged": [(1, 1), (0, 0), (700, 300), (5, 5), (1037, 129), (64, 64), (513, 1), (255, 127)],
+        "many": [(1 + 37 * i % 90, 1 + 7 * i % 30 if i % 5 else 1) for i in range(75)],
+    }
+    runs["many"] = [(max(context, new), new) for context, new in runs["many"]]
+    if not small:
+        runs |= {"long": [(3000, 2000), (4111, 4111)], "chat": PREFILLS["chat"]}
+    for (name, each), (head_dim, block_size) in product(runs.items(), ((128, 16), (64, 16), (128, 32), (64, 8))):
+        for heads, kv_heads, window in ((4, 1, 0), (6, 2, 100), (3, 3, 0)):
+            if (small and head_dim != 128) or (block_size != 16 and heads != 4):
+                continue
+            prefill = Prefill(each, heads, kv_heads, head_dim, dtype, block_size, window, before=3, after=5)
+            label = f"prefill hopper {name} {head_dim} {heads}/{kv_heads} w{window} b{block_size}"
+            yield label, prefill.hopper, prefill.expected, dtype
+            for config in () if small else (HopperPrefillConfig(take_turns=False), HopperPrefillConfig(keys=160)):
+                if config.keys % block_size == 0:
+                    yield f"{label} {config}", partial(prefill.hopper, config), prefill.expected, dtype
+    changed = Prefill([(900, 700), (300, 300)], 8, 2, 128, dtype)
+
+    def replay() -> list[Tensor]:
+        out: list[Tensor] = []
+        graph = capture([lambda: out.extend(changed.hopper())])
+        changed.arguments[4].copy_(torch.tensor([500, 290]))
+        changed.arguments[5].copy_(torch.tensor([10, 410, 600]))
+        graph.replay()
+        return out[-1:]
+
+    yield "prefill hopper in a graph", replay, changed.expected, dtype
+
+
+def timings() -> Iterator[tuple[str, float, float]]:
+    """Names, microseconds and operations of prefill attention with Llama-3-8B's heads, by both kernels."""
+    configs = [HopperPrefillConfig(), HopperPrefillConfig(take_turns=False), HopperPrefillConfig(keys=160)]
+    for name, runs in PREFILLS.items():
+        prefill = Prefill(runs, 32, 8, 128, torch.bfloat16)
+        yield f"{name} triton", time_us([prefill.triton]), prefill.flop
+        for config in configs if _why_not(prefill) is None else ():
+            label = f"{name} hopper {config.keys}{' turns' if config.take_turns else ''}"
+            yield label, time_us([partial(prefill.hopper, config)]), prefill.flop
