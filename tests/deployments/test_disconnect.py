@@ -9,7 +9,9 @@ import httpx
 import pytest
 
 LONG = {"prompt": "Count:", "n": 8, "temperature": 1.0, "ignore_eos": True, "max_tokens": 240}
-ALL_TOKENS = 8 * 240
+STEPS = 20
+MOST_TOKENS = 8 * (STEPS + 3)
+"""What may be drawn before a client leaves, and by the steps that are in flight then."""
 
 
 def drawn(server: Any) -> int:
@@ -20,13 +22,15 @@ def drawn(server: Any) -> int:
 def test_leaving_a_stream(server: Any, path: str) -> None:
     body = {**LONG, "messages": [{"role": "user", "content": "Count."}], "stream": True}
     before = drawn(server)
-    with httpx.stream("POST", f"{server.url}{path}", json=body, timeout=30) as answer:
-        lines = answer.iter_lines()
-        for _ in range(20):
-            next(lines)
-        assert server.stats()["running"] == 8
+    with server.steps(STEPS):
+        with httpx.stream("POST", f"{server.url}{path}", json=body, timeout=100) as answer:
+            lines = answer.iter_lines()
+            for _ in range(20):
+                next(lines)
+            assert server.stats()["running"] == 8
+        server.wait(lambda stats: not stats["unfinished"])
     stats = server.wait_idle()
-    assert stats["generated_tokens"] - before < ALL_TOKENS
+    assert stats["generated_tokens"] - before <= MOST_TOKENS
     assert stats["free_blocks"] == stats["num_blocks"]
 
 
@@ -35,15 +39,17 @@ def test_leaving_before_the_answer(server: Any) -> None:
 
     async def main() -> None:
         async with httpx.AsyncClient() as client:
-            request = asyncio.create_task(client.post(f"{server.url}/v1/completions", json=LONG, timeout=30))
+            request = asyncio.create_task(client.post(f"{server.url}/v1/completions", json=LONG, timeout=100))
             while not (await client.get(f"{server.url}/stats")).json()["running"]:
                 await asyncio.sleep(0)
             request.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await request
 
-    asyncio.run(main())
-    assert server.wait_idle()["generated_tokens"] - before < ALL_TOKENS
+    with server.steps(STEPS):
+        asyncio.run(main())
+        server.wait(lambda stats: not stats["unfinished"])
+    assert server.wait_idle()["generated_tokens"] - before <= MOST_TOKENS
 
 
 def test_many_leave_at_once(server: Any) -> None:
@@ -51,7 +57,7 @@ def test_many_leave_at_once(server: Any) -> None:
 
     async def one(client: httpx.AsyncClient, number: int) -> None:
         body = {**LONG, "n": 1, "stream": True, "prompt": f"Count {number}:"}
-        async with client.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        async with client.stream("POST", f"{server.url}/v1/completions", json=body, timeout=200) as answer:
             async for _ in answer.aiter_lines():
                 return
 
@@ -63,7 +69,7 @@ def test_many_leave_at_once(server: Any) -> None:
     stats = server.wait_idle()
     assert stats["free_blocks"] == stats["num_blocks"]
     body = {"messages": [{"role": "user", "content": "What is 20 + 30?"}]}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=100)
     assert answer.json()["choices"][0]["message"]["content"] == "20 + 30 = 50"
 
 
@@ -72,7 +78,8 @@ def test_deadline(server: Any) -> None:
     config = server.service.config
     server.service.config = config.replace(request_timeout_s=0.05)
     try:
-        answer = httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=30)
+        with server.steps(STEPS):
+            answer = httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=100)
     finally:
         server.service.config = config
     assert answer.status_code == 504

@@ -142,5 +142,5 @@ def test_headers(server: Any, name: str, value: str) -> None:
 
 
 def test_nothing_is_left(server: Any) -> None:
-    stats = server.wait_idle(30)
+    stats = server.wait_idle()
     assert stats["free_blocks"] == stats["num_blocks"]

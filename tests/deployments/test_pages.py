@@ -39,14 +39,14 @@ def test_no_other_files(server, path):
 def test_picture_while_busy_and_idle(server):
     body = {"prompt": "Count from 1 to 90. " * 6, "max_tokens": 150, "ignore_eos": True, "n": 3, "temperature": 1}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60) for _ in range(4)]
-        busy = None
-        while not all(a.done() for a in answers):
-            picture = httpx.get(f"{server.url}/engine/state").json()
-            if picture["running"] >= 3 and picture["blocks"]["shared"]:
-                busy = picture
+        with server.steps(0):
+            answers = [pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=200) for _ in "1234"]
+            server.wait(lambda stats: stats["running"] + stats["waiting"] >= 4)
+            server.executor.allow(40)
+            server.wait(lambda stats: stats["running"] >= 12 and stats["saved_blocks"])
+            busy = httpx.get(f"{server.url}/engine/state").json()
         assert all(a.result().status_code == 200 for a in answers)
-    assert busy is not None
+    assert busy["running"] >= 3
     states = np.frombuffer(base64.b64decode(busy["blocks"]["state"]), np.uint8)
     owners = np.frombuffer(base64.b64decode(busy["blocks"]["owner"]), "<i2")
     assert len(states) == len(owners) == busy["blocks"]["total"]
