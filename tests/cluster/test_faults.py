@@ -4,27 +4,27 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import ray
 
 from cluster.driver import Driver
-from cluster.driver_client import DriverClient
-from cluster.messages import error_of
 from cluster.ray_executor import RayExecutor
 from cluster.recovery import RecoveryPolicy
 from cluster.worker_actor import MantaWorker
 from engine.config import EngineConfig
 from engine.errors import RequestFailed
-from engine.llm_engine import LLMEngine
-from engine.local_executor import LocalExecutor
 from engine.model_config import ModelConfig, resolve
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from tests.checkpoints import make_checkpoint
+from tests.streams import Streams, undisturbed
 
 pytestmark = pytest.mark.ray
+
+MANY = 20
 
 
 class FaultyWorker:
@@ -54,6 +54,22 @@ class FaultyRank(MantaWorker):
         return FaultyWorker(super()._load(rank, meeting, timeout_s), rank)
 
 
+class HeldExecutor(RayExecutor):
+    """When it was told to, keeps the engine waiting before a step in which MANY sequences go on, until told again."""
+
+    holds = False
+
+    def hold(self):
+        self.held, self.go_on, self.holds = threading.Event(), threading.Event(), True
+
+    def submit(self, plan):
+        if self.holds and plan.num_decodes >= MANY:
+            self.holds = False
+            self.held.set()
+            self.go_on.wait()
+        return super().submit(plan)
+
+
 def requests_of(max_tokens=60):
     """24 requests of 32 samples; more than the cache can hold at once."""
     return [
@@ -78,20 +94,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(config):
-    """The tokens of an undisturbed run in this process."""
-    alone = config.replace(tensor_parallel_size=1)
-    model_config = ModelConfig.load(alone)
-    alone = resolve(alone, model_config)
-    executor = LocalExecutor(alone, model_config)
-    engine = LLMEngine(alone, executor, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
-    engine.start()
-    tokens = {}
-    for request in requests_of():
-        engine.add_request(request)
-    while engine.has_unfinished:
-        for output in engine.step():
-            tokens.setdefault((output.request_id, output.index), []).extend(output.token_ids)
-    engine.shutdown()
+    tokens = undisturbed(config, requests_of())
     assert len(tokens) == 32
     return tokens
 
@@ -103,7 +106,7 @@ def served(config):
     model_config = ModelConfig.load(config)
     resolved = resolve(config, model_config)
     loop = []
-    executor = RayExecutor(
+    executor = HeldExecutor(
         resolved,
         model_config,
         name="manta:faults",
@@ -130,7 +133,7 @@ class Faults:
     """What can happen to the ranks."""
 
     def __init__(self, served, config):
-        self.driver, self._executor = served
+        self._driver, self._executor = served
         self._folder = Path(config.model)
 
     def kill(self, *ranks, number=signal.SIGKILL):
@@ -141,9 +144,11 @@ class Faults:
         (self._folder / f"fault{rank}").write_text(fault)
 
     def kill_again_in_the_recovery(self):
+        before = self._driver.loop.health().recoveries
         self.kill(0)
-        while self.driver.loop.health().state != "recovering":
-            pass
+        self._executor.go_on.set()
+        while self._driver.loop.health().recoveries == before:
+            time.sleep(0.001)
         self.kill(1)
 
 
@@ -154,57 +159,42 @@ FAULTS = {
     "raises": lambda faults: faults.order(1, "raise"),
     "hangs before a collective": lambda faults: faults.order(0, "hang"),
     "stopped": lambda faults: faults.kill(1, number=signal.SIGSTOP),
-    "poison": None,
 }
+
+
+async def generate(served, requests, disturb):
+    """The streams of `requests` once they are over, and the recoveries meanwhile; the engine waits for `disturb`."""
+    driver, executor = served
+    streams = Streams(requests)
+    if disturb is not None:
+        executor.hold()
+    await streams.join(driver.ticket)
+    before = driver.loop.health().recoveries
+    if disturb is not None:
+        try:
+            assert await asyncio.to_thread(executor.held.wait, 60)
+            await asyncio.to_thread(disturb)
+        finally:
+            executor.go_on.set()
+    stats = await streams.finish()
+    assert driver.loop.health().ready
+    return streams, stats["recoveries"] - before
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_token_changes(served, config, expected, fault):
-    driver, _ = served
+    disturb = lambda: FAULTS[fault](Faults(served, config))
+    streams, recoveries = asyncio.run(generate(served, requests_of(), disturb))
+    assert streams.tokens == expected
+    assert recoveries >= 1
+    assert not streams.errors
 
-    async def main():
-        tokens, ended, errors, changed = {}, set(), {}, asyncio.Event()
 
-        def on_outputs(outputs):
-            for output in outputs:
-                key = (output.request_id, output.index)
-                assert key not in ended, "output after the end"
-                tokens.setdefault(key, []).extend(output.token_ids)
-                if output.finish_reason is not None:
-                    ended.add(key)
-                if output.error is not None:
-                    errors[key] = error_of(output)
-            changed.set()
-
-        client = await DriverClient.connect(driver.ticket, on_outputs=on_outputs)
-        before = (await client.stats())["recoveries"]
-        for request in requests_of():
-            client.submit(request)
-        disturb, wanted = FAULTS[fault], 32
-        if disturb is None:
-            client.submit(Request.create("poison", [5, 6, 7], SamplingParams(n=2, max_tokens=20)))
-            wanted += 2
-        async with asyncio.timeout(100):
-            while len(ended) < wanted:
-                await changed.wait()
-                changed.clear()
-                if disturb is not None and len(tokens) > 20:
-                    await asyncio.to_thread(disturb, Faults(served, config))
-                    disturb = None
-        stats = await client.stats()
-        await client.close()
-        assert disturb is None or fault == "poison"
-        assert {key: tokens[key] for key in expected} == expected
-        assert stats["recoveries"] > before
-        assert (stats["running"], stats["waiting"], stats["used_blocks"]) == (0, 0, 0)
-        assert driver.loop.health().ready
-        return errors, stats["recoveries"] - before
-
-    errors, recoveries = asyncio.run(main())
-    if fault == "poison":
-        assert set(errors) == {("poison", 0), ("poison", 1)}
-        assert all(type(error) is RequestFailed and error.http_status == 500 for error in errors.values())
-        assert "failed 3 times while it ran this request" in str(errors["poison", 0])
-        assert recoveries >= 3  # one that had to be tried again counts twice
-    else:
-        assert not errors
+def test_a_poisonous_request_is_failed_alone(served, expected):
+    poison = Request.create("poison", [5, 6, 7], SamplingParams(n=2, max_tokens=20))
+    streams, recoveries = asyncio.run(generate(served, [*requests_of(), poison], None))
+    assert {sample: streams.tokens[sample] for sample in expected} == expected
+    assert set(streams.errors) == {("poison", 0), ("poison", 1)}
+    assert all(type(error) is RequestFailed and error.http_status == 500 for error in streams.errors.values())
+    assert "failed 3 times while it ran this request" in str(streams.errors["poison", 0])
+    assert recoveries >= 3  # one that had to be tried again counts twice
