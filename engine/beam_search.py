@@ -1,9 +1,9 @@
 """BeamSearch: the likeliest continuations of one prompt, a step at a time. Scores only, no sequences and no blocks.
 
-Each step takes the likeliest next tokens of every live beam and orders all of them by their sums of log-probabilities.
-Those among the first `width` that end are set aside, the first `width` of the others are the next live beams. What is
-set aside is ranked by sum / length ** length_penalty. The rules are those of `generate(num_beams=...)` in
-Transformers 5.
+Each step takes the likeliest next tokens of every live beam and orders all of them by their sums of log-probabilities,
+in which penalties are. Those among the first `width` that end are set aside, the first `width` of the others are the
+next live beams. What is set aside is ranked by sum / length ** length_penalty. The rules are those of
+`generate(num_beams=...)` in Transformers 5.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Beam:
     """A continuation of the prompt: its last token, and the beam that it continues."""
 
     score: float
-    """Sum of its tokens' log-probabilities."""
+    """Sum of its tokens' log-probabilities, penalties in them."""
     parent: Beam | None = None
     token: int = -1
     logprobs: TokenLogprobs | None = None
@@ -82,6 +82,9 @@ class BeamSearch:
             temperature=0,
             max_tokens=self._params.max_tokens,
             logprobs=self._params.logprobs,
+            presence_penalty=self._params.presence_penalty,
+            frequency_penalty=self._params.frequency_penalty,
+            repetition_penalty=self._params.repetition_penalty,
             stop_token_ids=tuple(sorted(self.stop_ids)),
         )
 

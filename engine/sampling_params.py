@@ -63,8 +63,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Lower runs first, under the scheduler's policy "priority"."""
     use_beam_search: bool = False
     """Search for the likeliest outputs with best_of beams (n, without best_of); told when it ends: the n best, best
-    first. What shapes draws has no effect; what changes probabilities is refused, but for min_tokens. `stop` strings
-    cut the outputs, they end no beam."""
+    first. What shapes draws has no effect; penalties change the log-probabilities by which beams are ranked, as in
+    Transformers; what else changes probabilities is refused, but for min_tokens. `stop` strings cut the outputs, they
+    end no beam."""
     length_penalty: float = 1.0
     """Beams are ranked by their log-probability / length ** length_penalty."""
     early_stopping: bool | Literal["never"] = False
@@ -237,9 +238,6 @@ _INTEGERS = {
     "priority": False,
 }
 NOT_WITH_BEAMS: dict[str, Any] = {
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
     "logit_bias": None,
     "allowed_token_ids": None,
     "bad_words": (),

@@ -14,7 +14,7 @@ from engine.worker.batch import Batch, Int64Array
 from engine.worker.sampling_state import Rows, SamplingState
 from engine.worker.transfers import Download, upload
 from engine.worker.typical import keep_typical
-from kernels.sampling import adjust_logits, count_tokens, gather_logprobs, sample
+from kernels.sampling import Penalties, adjust_logits, apply_penalties, count_tokens, gather_logprobs, sample
 from kernels.watermark import add_watermark
 
 
@@ -55,12 +55,16 @@ class Sampler:
 def sampled_logprobs(logits: Tensor, token_ids: Tensor, rows: Rows) -> Callable[[], list[SampledLogprobs]]:
     """Log-probabilities of the drawn tokens, for the rows that want them, from the raw logits [R, vocab].
 
-    The result is a function to be called once the device has come this far.
+    Those of beams have their penalties in them, and do not sum to 1 then: as in Transformers' beam search. The result
+    is a function to be called once the device has come this far.
     """
     if not len(rows.logprob_rows):
         return list
     index = upload(rows.logprob_rows, logits.device)
-    gathered = _gather(logits[index], token_ids[index], max(rows.logprob_counts))
+    wanted, more = logits[index], None
+    if rows.beam_penalties is not None:
+        wanted, more = _penalized(wanted, upload(rows.beams, logits.device), rows.beam_penalties)
+    gathered = _gather(wanted, token_ids[index], max(rows.logprob_counts), more)
 
     def finish() -> list[SampledLogprobs]:
         chosen, ranks, top_ids, top = (part.numpy() for part in gathered)
@@ -79,7 +83,7 @@ def prompt_logprobs(
 
     The result is a function to be called once the device has come this far.
     """
-    gathered = _gather(logits, token_ids, count)
+    gathered = _gather(logits, token_ids, count, None)
 
     def finish() -> PromptLogprobs:
         chosen, ranks, top_ids, top = (part.numpy() for part in gathered)
@@ -90,7 +94,22 @@ def prompt_logprobs(
     return finish
 
 
-def _gather(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Download, Download, Download, Download]:
-    """gather_logprobs, on its way to the host: float32, int32, int32 and float32."""
+def _penalized(logits: Tensor, beams: Tensor, penalties: Penalties) -> tuple[Tensor, Tensor]:
+    """logits [B, vocab] with the log-probabilities of the rows `beams` as their penalties leave them, float32; and
+    what gather_logprobs will have taken from each row's too much, [B, 1]."""
+    logits = logits.float()
+    own = logits[beams].log_softmax(dim=-1)
+    apply_penalties.definition(own, penalties)
+    more = torch.zeros(len(logits), 1, device=logits.device)
+    more[beams] = own.logsumexp(dim=-1, keepdim=True)
+    return logits.index_copy(0, beams, own), more
+
+
+def _gather(
+    logits: Tensor, token_ids: Tensor, count: int, more: Tensor | None
+) -> tuple[Download, Download, Download, Download]:
+    """gather_logprobs, and `more` [B, 1] of them, on its way to the host: float32, int32, int32 and float32."""
     chosen, ranks, top_ids, top = gather_logprobs(logits, token_ids, count)
+    if more is not None:
+        chosen, top = chosen + more[:, 0], top + more
     return Download(chosen), Download(ranks.to(torch.int32)), Download(top_ids.to(torch.int32)), Download(top)

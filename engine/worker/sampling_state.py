@@ -21,6 +21,8 @@ from kernels.sampling import LogitBias, Penalties, SamplingTensors, pack_bitmask
 RANDOM, FILTER, PENALTY, BIAS, ALLOWED, MIN_TOKENS, BAD_WORDS, LOGPROBS, PROMPT_LOGPROBS, TYPICAL, WATERMARK = (
     1 << bit for bit in range(11)
 )
+BEAM_PENALTY = 1 << 11
+"""A beam's penalties: on its log-probabilities, which is all that is wanted of it."""
 
 
 @dataclass
@@ -41,6 +43,9 @@ class Rows:
     logprob_rows: Int64Array
     logprob_counts: list[int]
     """Of each logprob row: how many likeliest tokens it wants."""
+    beams: Int64Array
+    """Those of the logprob rows that are beams with penalties, and these penalties."""
+    beam_penalties: Penalties | None
 
 
 @dataclass
@@ -107,7 +112,7 @@ class SamplingState:
         self.top_k[slot] = max(params.top_k, 0)
         for name, column in self._floats.items():
             column[slot] = getattr(params, name)
-        if self.flags[slot] & PENALTY:
+        if self.flags[slot] & (PENALTY | BEAM_PENALTY):
             self._count(slot, new)
 
     def drop(self, slots: list[int]) -> None:
@@ -169,11 +174,13 @@ class SamplingState:
             min_p=self._tensor(min_p) if filtered and min_p.any() else None,
             allowed=self._allowed(slots, flags) if union & ALLOWED else None,
             bias=self._logit_bias(slots, flags) if union & BIAS else None,
-            penalties=self._penalties(slots, flags) if union & PENALTY else None,
+            penalties=self._penalties(slots, np.where(flags & PENALTY, slots, -1)) if union & PENALTY else None,
             all_greedy=not random,
             any_filter=filtered,
         )
         logprob_rows = np.flatnonzero(flags & LOGPROBS)
+        beams = np.flatnonzero(flags[logprob_rows] & BEAM_PENALTY)
+        beam_slots = slots[logprob_rows][beams]
         return Rows(
             slots=slots,
             flags=union,
@@ -184,6 +191,8 @@ class SamplingState:
             watermarked=self._watermarked(slots, flags) if union & WATERMARK else None,
             logprob_rows=logprob_rows,
             logprob_counts=[self.params[slot].num_logprobs for slot in slots[logprob_rows].tolist()],
+            beams=beams,
+            beam_penalties=self._penalties(beam_slots, beam_slots) if len(beams) else None,
         )
 
     def _asking(self, slots: Int64Array, flags: Int64Array, flag: int) -> list[tuple[int, int, SamplingParams]]:
@@ -214,10 +223,11 @@ class SamplingState:
             self._tensor(np.array(values, np.float32)),
         )
 
-    def _penalties(self, slots: Int64Array, flags: Int64Array) -> Penalties:
+    def _penalties(self, slots: Int64Array, tables: Int64Array) -> Penalties:
+        """Of a row for each of `slots`; -1 in `tables`: none."""
         assert self._output_counts is not None and self._prompt_mask is not None
         return Penalties(
-            rows=self._tensor(np.where(flags & PENALTY, slots, -1)),
+            rows=self._tensor(tables),
             output_counts=self._output_counts,
             prompt_mask=self._prompt_mask,
             presence=self._tensor(self._floats["presence_penalty"][slots]),
@@ -273,10 +283,11 @@ _FLOATS = ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "fr
 
 def _flags(params: SamplingParams) -> int:
     """What these parameters ask for."""
+    penalized = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
     asked = {
         RANDOM: params.temperature > 0,
         FILTER: params.top_k > 0 or params.top_p < 1 or params.min_p > 0,
-        PENALTY: bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1),
+        PENALTY: penalized and not params.use_beam_search,
         BIAS: bool(params.logit_bias),
         ALLOWED: params.allowed_token_ids is not None,
         MIN_TOKENS: params.min_tokens > 0,
@@ -285,5 +296,6 @@ def _flags(params: SamplingParams) -> int:
         PROMPT_LOGPROBS: params.prompt_logprobs is not None,
         TYPICAL: params.typical_p < 1 and params.temperature > 0,
         WATERMARK: params.watermark,
+        BEAM_PENALTY: penalized and params.use_beam_search,
     }
     return sum(flag for flag, on in asked.items() if on)

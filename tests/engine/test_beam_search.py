@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -132,10 +133,9 @@ def test_greedy_is_a_search_of_one_beam() -> None:
     assert searched(table, params, frozenset(), 6) == [(tuple(tokens), "length")]
 
 
-@pytest.mark.parametrize("num_blocks", [200, 12])
-@pytest.mark.parametrize("family", ["llama3", "qwen2"])
-def test_outputs_are_those_of_transformers(tmp_path: Path, family: str, num_blocks: int) -> None:
-    """Many searches at once beside ordinary requests, in a roomy cache and in a tight one."""
+@pytest.fixture
+def checkpoint(tmp_path: Path, family: str, num_blocks: int) -> Iterator[tuple[Any, LLMEngine]]:
+    """Transformers' model, and an engine of it."""
     torch.set_num_threads(1)
     model = make_checkpoint(tmp_path, family, initializer_range=0.1)
     given = EngineConfig.from_args(
@@ -147,6 +147,55 @@ def test_outputs_are_those_of_transformers(tmp_path: Path, family: str, num_bloc
         config, LocalExecutor(config, model_config), vocab_size=model_config.vocab_size, eos_token_ids=(EOS,)
     )
     engine.start()
+    yield model, engine
+    engine.shutdown()
+
+
+PENALTIES: list[dict[str, float]] = [
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 4.0},
+    {"repetition_penalty": 0.6},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.7},
+    {"presence_penalty": -1.0, "repetition_penalty": 1.2},
+]
+
+
+@pytest.mark.parametrize("num_blocks", [200, 12])
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_penalties_are_those_of_transformers(checkpoint: tuple[Any, LLMEngine], num_blocks: int) -> None:
+    """Beside searches without penalties, and ordinary requests with and without."""
+    model, engine = checkpoint
+    rng = random.Random(num_blocks)
+    requests, wanted = [], {}
+    for number, given in enumerate([*PENALTIES, {}] * 3):
+        width = 2 + number // 6  # to 4
+        prompt = [rng.randrange(3, 199) for _ in range(rng.randint(1, 20))]
+        common: dict[str, Any] = {"max_tokens": 14, "n": width, "use_beam_search": True, "logprobs": 2}
+        params = SamplingParams(**common, **given, length_penalty=rng.choice([1.0, 0.0, 2.0]))
+        requests.append(Request.create(str(number), prompt, params))
+        wanted[str(number)] = of_transformers(model, prompt, params)
+        plain = SamplingParams(temperature=0, max_tokens=12, logprobs=2, **given)
+        requests.append(Request.create(f"plain {number}", prompt, plain))
+        wanted[f"plain {number}"] = of_transformers(model, prompt, plain)
+    outputs, _ = run(engine, requests)
+    for request in requests:
+        found = sorted(outputs[request.request_id], key=lambda output: output.index)
+        assert [tokens for _, tokens in joined(found)] == wanted[request.request_id], request.request_id
+    for request in requests[-12::2]:
+        bare = request.params.replace(presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0)
+        same = of_transformers(model, list(request.prompt_token_ids), bare) == wanted[request.request_id]
+        assert same == (bare == request.params), "penalties matter"
+    for request in requests[:2]:
+        ((_, alone),) = run(engine, [request])[0].items()
+        assert np.allclose(told(outputs[request.request_id]), told(alone), atol=1e-4)
+    assert (engine.stats().preemptions > 0) == (num_blocks == 12)
+
+
+@pytest.mark.parametrize("num_blocks", [200, 12])
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_outputs_are_those_of_transformers(checkpoint: tuple[Any, LLMEngine], num_blocks: int) -> None:
+    """Many searches at once beside ordinary requests, in a roomy cache and in a tight one."""
+    model, engine = checkpoint
     rng = random.Random(num_blocks)
     requests, wanted = [], {}
     penalties, rules = [0.0, 1.0, -1.0, 2.0, 0.5], [True, False, "never"]
@@ -169,18 +218,15 @@ def test_outputs_are_those_of_transformers(tmp_path: Path, family: str, num_bloc
         requests.append(Request.create(f"plain {number}", prompt, plain))
         greedy = SamplingParams(use_beam_search=True, max_tokens=12)
         wanted[f"plain {number}"] = of_transformers(model, prompt, greedy)
-    try:
-        outputs, most_saved = run(engine, requests)
-        for request in requests:
-            found = sorted(outputs[request.request_id], key=lambda output: output.index)
-            assert [tokens for _, tokens in joined(found)] == wanted[request.request_id]
-            if request.params.use_beam_search:
-                assert all(output.finish_reason for output in found) and len(found) == request.params.n
-        stats = engine.stats()
-        assert most_saved > 0 and stats.used_blocks == 0
-        assert (stats.preemptions > 0) == (num_blocks == 12)
-    finally:
-        engine.shutdown()
+    outputs, most_saved = run(engine, requests)
+    for request in requests:
+        found = sorted(outputs[request.request_id], key=lambda output: output.index)
+        assert [tokens for _, tokens in joined(found)] == wanted[request.request_id]
+        if request.params.use_beam_search:
+            assert all(output.finish_reason for output in found) and len(found) == request.params.n
+    stats = engine.stats()
+    assert most_saved > 0 and stats.used_blocks == 0
+    assert (stats.preemptions > 0) == (num_blocks == 12)
 
 
 def run(engine: LLMEngine, requests: list[Request]) -> tuple[dict[str, list[SequenceOutput]], int]:
@@ -204,9 +250,26 @@ def joined(outputs: list[SequenceOutput]) -> list[tuple[int, list[int]]]:
     return list(tokens.items())
 
 
+def told(outputs: list[SequenceOutput]) -> list[float]:
+    """Log-probabilities of all tokens, those of the likeliest behind each."""
+    entries = [entry for output in sorted(outputs, key=lambda output: output.index) for entry in output.logprobs or []]
+    assert entries
+    return [value for entry in entries for value in (entry.logprob, *entry.top_logprobs)]
+
+
 def of_transformers(model: Any, prompt: list[int], params: SamplingParams) -> list[list[int]]:
-    """The output tokens of `generate`, the best first, each with the token that ended it."""
+    """The output tokens of `generate`, the best first, each with the token that ended it.
+
+    It has no presence and frequency penalties: they are added to its processors as they are defined.
+    """
     ends = [EOS, *params.stop_token_ids]
+
+    def minus(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        said = torch.zeros_like(scores)
+        output = input_ids[:, len(prompt) :]
+        said.scatter_add_(1, output, torch.ones_like(output, dtype=scores.dtype))
+        return scores - params.presence_penalty * (said > 0) - params.frequency_penalty * said
+
     rows = model.generate(
         torch.tensor([prompt]),
         num_beams=params.beam_width,
@@ -216,6 +279,8 @@ def of_transformers(model: Any, prompt: list[int], params: SamplingParams) -> li
         num_return_sequences=params.n,
         max_new_tokens=params.max_tokens,
         min_new_tokens=params.min_tokens,
+        repetition_penalty=params.repetition_penalty,
+        logits_processor=[minus],
         eos_token_id=ends,
         pad_token_id=0,
     )

@@ -105,9 +105,6 @@ def test_contradictions_are_named(arguments: dict[str, Any], param: str) -> None
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("presence_penalty", 1.0),
-        ("frequency_penalty", -0.5),
-        ("repetition_penalty", 1.1),
         ("logit_bias", {1: 2}),
         ("allowed_token_ids", [1]),
         ("bad_words", ["x"]),
@@ -122,6 +119,7 @@ def test_what_a_beam_search_does_not_go_with_is_named(field: str, value: Any) ->
     assert caught.value.param == "use_beam_search"
     assert field in str(caught.value) or field == "grammar"
     SamplingParams(use_beam_search=True, n=2, temperature=0, top_k=3, top_p=0.5, seed=1, min_tokens=2, stop="x")
+    SamplingParams(use_beam_search=True, presence_penalty=1.0, frequency_penalty=-0.5, repetition_penalty=1.1)
 
 
 @pytest.mark.parametrize(
