@@ -249,10 +249,10 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         scheduler, blocks, table = self.scheduler, self.blocks.stats(), self.scheduler.table
-        rows = [sequence.row for sequence in scheduler.running()]
+        rows = [sequence.row for sequence in scheduler.running]
         slots = int(table.num_slots[rows].sum()) if rows else 0
         return EngineStats(
-            running=scheduler.num_running,
+            running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             num_blocks=blocks.num_blocks,
             free_blocks=blocks.free,

@@ -16,8 +16,7 @@ not another's.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -25,9 +24,11 @@ import numpy as np
 from engine.block_manager import BlockManager
 from engine.claims import Claim, key_of
 from engine.config import EngineConfig
-from engine.draft import Decodes, Draft, Mask, ScheduledStep
+from engine.draft import Draft, Mask, ScheduledStep
+from engine.running_set import RunningSet
 from engine.sequence import SEATED, Group, Sequence, SequenceTable, Status
 from engine.shares import Shares
+from engine.tail_blocks import TailBlocks
 from engine.waiting_queue import WaitingQueue
 
 
@@ -46,30 +47,14 @@ class Scheduler:
         self._by_priority = config.policy == "priority"
         self.shares = Shares()
         self.waiting = WaitingQueue(self.shares)
-        self._decodes = Decodes([], self.table)
-        self._num_left = 0
-        """Of the decodes: how many run no more. `_settle` takes them out."""
-        self._prefills: list[Sequence] = []
-        """Running, prompt not yet computed, by key."""
-        self._paused: list[Sequence] = []
-        """Beams that have drawn and wait for the others of their request."""
+        self.running = RunningSet(self.table)
+        self._tails = TailBlocks(blocks, self.table)
         self._unsent: list[Sequence] = []
         """Forked beams among the decodes that were in no plan yet."""
         self._dropped: list[int] = []
-        self._watch_shared = False
-        """Whether a decode may write to a shared block."""
+        """Sequences whose blocks were given back since the last plan: it tells the ranks to forget them."""
 
     # Queue.
-
-    @property
-    def num_running(self) -> int:
-        return len(self._decodes) - self._num_left + len(self._prefills) + len(self._paused)
-
-    def running(self) -> Iterable[Sequence]:
-        """All that hold blocks."""
-        yield from (sequence for sequence in self._decodes.sequences if sequence.status is Status.RUNNING)
-        yield from self._prefills
-        yield from self._paused
 
     def enqueue(self, group: Group, sequences: list[Sequence]) -> None:
         """Let samples of a request wait. Of those without output one computes the prompt, for all to be forked from."""
@@ -104,7 +89,7 @@ class Scheduler:
         """
         table, blocks = self.table, self.blocks
         born: list[Sequence] = []
-        num_seats = self._max_seqs - self.num_running + sum(parent.status in SEATED for parent in parents)
+        num_seats = self._max_seqs - len(self.running) + sum(parent.status in SEATED for parent in parents)
         for parent, child in pairs:
             if parent.status is not Status.PAUSED or len(born) == num_seats:
                 self.waiting.push(child)
@@ -120,14 +105,14 @@ class Scheduler:
             self.finish(parent)
         if born:
             self._unsent += born
-            self._set_decodes([s for s in self._decodes.sequences if s.status is Status.RUNNING] + born)
+            self.running.set_decodes(self.running.running_decodes() + born)
 
     def restart(self, num_blocks: int, sequences: Iterable[Sequence]) -> None:
         """Preempt everything and begin with an empty cache. `sequences` are all the unfinished."""
         self.blocks.reset(num_blocks)
         self.waiting = WaitingQueue(self.shares)
-        self._prefills, self._dropped, self._paused, self._unsent = [], [], [], []
-        self._set_decodes([])
+        self._dropped, self._unsent = [], []
+        self.running.clear()
         groups: dict[Group, list[Sequence]] = {}
         for sequence in sequences:
             sequence.forget_in_flight()
@@ -147,14 +132,15 @@ class Scheduler:
             self._make_way()
         if self.shares.num_active > 1:
             self._claim_share()
-        self._settle()
+        self.running.settle()
         if not self._chunked:
             # Whole prompts do not fit beside decodes: a step is either.
             self._fill(draft)
         if not draft.prefills and (short := self._make_room()) is not None:
             draft.new += [sequence.whole() for sequence in self._unsent]
             self._unsent = []
-            draft.add_decodes(self._decodes, short, self._grow_decodes(draft, short))
+            decodes = self.running.decodes
+            draft.add_decodes(decodes, short, self._tails.grow(draft, decodes, short))
         if self._chunked:
             self._fill(draft)
         if not draft.num_tokens:
@@ -166,52 +152,17 @@ class Scheduler:
 
     def _make_room(self) -> Mask | None:
         """Preempt until all decodes can write their tokens. Which of them need a block; None when there are none."""
-        while self._decodes:
-            table, rows = self.table, self._decodes.rows
-            short = table.length[rows] > table.num_slots[rows]
-            if int(np.count_nonzero(short)) + self._num_copies(short) <= self.blocks.num_free:
+        while decodes := self.running.decodes:
+            short = self._tails.short(decodes)
+            if self._tails.num_needed(decodes, short) <= self.blocks.num_free:
                 return short
-            self._preempt(max(self.running(), key=key_of))
-            self._settle()
+            self._preempt(self.running.last())
+            self.running.settle()
         return None
-
-    def _shared_writers(self, short: Mask) -> list[Sequence]:
-        """Decodes that may write to a block that others hold too."""
-        if not self._watch_shared:
-            return []
-        sequences = self._decodes.sequences
-        return [sequences[i] for i in np.flatnonzero(self.table.tail_shared[self._decodes.rows] & ~short).tolist()]
-
-    def _num_copies(self, short: Mask) -> int:
-        """Blocks that decodes need for copies. Of those that all hold one block and all write, the last needs none."""
-        writers = Counter(s.block_table[self._tail(s)] for s in self._shared_writers(short))
-        return sum(count - (self.blocks.num_owners(block) == count) for block, count in writers.items())
-
-    def _tail(self, sequence: Sequence) -> int:
-        """Index of the block that a decode writes to."""
-        return int(self.table.length[sequence.row] - 1) // self.blocks.block_size
-
-    def _grow_decodes(self, draft: Draft, short: Mask) -> list[int]:
-        """Give every decode a block of its own to write to; the blocks appended."""
-        blocks, sequences, rows = self.blocks, self._decodes.sequences, self._decodes.rows
-        for sequence in self._shared_writers(short):
-            tail = self._tail(sequence)
-            copy = blocks.copy_on_write(sequence, tail)
-            if copy is not None:
-                draft.copies += copy
-                draft.replaced += (sequence.seq_id, tail, copy[1])
-        if self._watch_shared:
-            self.table.tail_shared[rows] = False
-            self._watch_shared = False
-        growing = np.flatnonzero(short)
-        if not growing.size:
-            return []
-        self.table.num_slots[rows[growing]] += blocks.block_size
-        return [blocks.allocate(sequences[index])[0] for index in growing.tolist()]
 
     def _fill(self, draft: Draft) -> None:
         """Compute prompts, those under way and those waiting, in their order, as far as the step's tokens go."""
-        under_way = deque(self._prefills)
+        under_way = deque(self.running.prefills)
         admitting = True
         while draft.num_tokens < self._max_tokens:
             head = self.waiting.head() if admitting else None
@@ -229,8 +180,8 @@ class Scheduler:
         start = sequence.num_computed
         end = min(sequence.num_tokens, start + self._max_tokens - draft.num_tokens)
         need = self.blocks.blocks_for(end) - len(sequence.block_table)
-        while need > self.blocks.num_free and self._prefills[-1] is not sequence:
-            self._preempt(self._prefills[-1])  # later in order, so not in this plan
+        while need > self.blocks.num_free and self.running.prefills[-1] is not sequence:
+            self._preempt(self.running.prefills[-1])  # later in order, so not in this plan
         if need > self.blocks.num_free:
             end = (len(sequence.block_table) + self.blocks.num_free) * self.blocks.block_size
         if end > start:
@@ -241,7 +192,7 @@ class Scheduler:
         blocks = self.blocks
         if sequence.num_in_flight:
             return False  # preempted; its tokens must be read before they can be sent again
-        if self.num_running + len(draft.births) >= self._max_seqs:
+        if len(self.running) + len(draft.births) >= self._max_seqs:
             return False
         hits = blocks.match(sequence)
         num_cached = len(hits) * blocks.block_size
@@ -251,7 +202,7 @@ class Scheduler:
         if self._blocks_to_start(sequence, hits) + draft.num_blank > blocks.num_free:
             return False
         self.waiting.pop()
-        sequence.status = Status.RUNNING
+        self.running.admit(sequence)
         blocks.adopt(sequence, hits)
         self.table.num_computed[sequence.row] = self.table.num_slots[sequence.row] = num_cached
         if sequence.num_output_tokens == 0:
@@ -261,7 +212,6 @@ class Scheduler:
             self.prefix_hit_tokens += num_cached
         self.shares.charge(sequence.group.tenant, sequence.num_tokens - num_cached)
         draft.new.append(sequence.whole())
-        insort(self._prefills, sequence, key=key_of)
         self._compute(draft, sequence, min(sequence.num_tokens, num_cached + room))
         return True
 
@@ -271,20 +221,20 @@ class Scheduler:
         All its known tokens must have blocks, and those that run some room to grow.
         """
         need = self.blocks.blocks_for(sequence.num_tokens) - len(hits) + self.blocks.num_idle(hits)
-        return need + max(1, self.blocks.num_blocks // 128) if self.num_running else need
+        return need + max(1, self.blocks.num_blocks // 128) if self.running else need
 
     def _make_way(self) -> None:
         """Preempt running sequences of a worse priority than the head of the queue, if that lets it in."""
         head = self.waiting.head()
         if head is None or head.num_in_flight:
             return
-        worse = sorted((s for s in self.running() if s.key[0] > head.key[0]), key=key_of)
+        worse = sorted((s for s in self.running if s.key[0] > head.key[0]), key=key_of)
         if not worse:
             return
         hits = self.blocks.match(head)
         while worse:
             missing = self._blocks_to_start(head, hits) - self.blocks.num_free
-            if missing <= 0 and self.num_running < self._max_seqs:
+            if missing <= 0 and len(self.running) < self._max_seqs:
                 return
             if missing > sum(len(s.block_table) for s in worse):
                 return
@@ -300,12 +250,12 @@ class Scheduler:
             return
         missing = self._blocks_to_start(head, self.blocks.match(head)) - self.blocks.num_free
         size = self.blocks.blocks_for(head.num_tokens)
-        claim = Claim(head, size, missing, seatless=self.num_running >= self._max_seqs)
+        claim = Claim(head, size, missing, seatless=len(self.running) >= self._max_seqs)
         if not claim.seatless and claim.missing <= 0:
             return
         num_active = self.shares.num_active
         seat_share, block_share = max(1, self._max_seqs // num_active), self.blocks.num_blocks // num_active
-        for victim in claim.victims(self.running(), seat_share=seat_share, block_share=block_share):
+        for victim in claim.victims(self.running, seat_share=seat_share, block_share=block_share):
             self._preempt(victim)
 
     def _compute(self, draft: Draft, sequence: Sequence, end: int) -> None:
@@ -321,7 +271,7 @@ class Scheduler:
         shares_tail = end % blocks.block_size != 0
         children, group.unborn = group.unborn, []
         for child in children:
-            if self.num_running + len(draft.births) >= self._max_seqs or blocks.num_free <= draft.num_blank:
+            if len(self.running) + len(draft.births) >= self._max_seqs or blocks.num_free <= draft.num_blank:
                 self.waiting.push(child)
                 continue
             blocks.fork(sequence, child)
@@ -340,7 +290,7 @@ class Scheduler:
         table = self.table
         if draft.decodes is not None:
             table.num_computed[draft.decodes.rows] += 1
-        decodes = self._decodes.sequences
+        decodes = self.running.decodes.sequences
         if draft.prefills:
             for sequence, chunk in zip(draft.prefills, draft.chunks):
                 end = sequence.num_computed + chunk
@@ -348,7 +298,7 @@ class Scheduler:
                 self.blocks.register(sequence, end)
             decodes = decodes + [s for s in draft.prefills if s.num_computed == s.num_tokens]
             decodes += [child for child, _ in draft.births]
-            self._prefills = [s for s in self._prefills if s.num_computed < s.num_tokens]
+            self.running.prefills = [s for s in self.running.prefills if s.num_computed < s.num_tokens]
         rows = scheduled.rows
         self.shares.charge_each(table.tenant[rows])
         length = table.length[rows] + 1
@@ -358,16 +308,15 @@ class Scheduler:
             for index in np.flatnonzero(drained).tolist():
                 self._drain(scheduled.samples[index])
             decodes = [sequence for sequence in decodes if sequence.status is Status.RUNNING]
-        if decodes is not self._decodes.sequences:
-            self._set_decodes(decodes)
+        if decodes is not self.running.decodes.sequences:
+            self.running.set_decodes(decodes)
 
     # Sequences that stop running.
 
     def _drain(self, sequence: Sequence) -> None:
         """Its last token is in flight: it needs neither blocks nor a seat any more, unless it is a beam."""
         if sequence.group.search is not None:
-            sequence.status = Status.PAUSED
-            self._paused.append(sequence)
+            self.running.pause(sequence)
             return
         self._give_back(sequence)
         sequence.status = Status.DRAINING
@@ -387,23 +336,16 @@ class Scheduler:
 
         They may be its own request's: its next step needs the draws of all.
         """
-        if not self._paused or any(sequence.num_in_flight for sequence in self._paused):
+        beam, head = self.running.stuck(), self.waiting.head()
+        if beam is None or (not self.running.prefills and (head is None or head.num_in_flight)):
             return False
-        head = self.waiting.head()
-        if not self._prefills and (head is None or head.num_in_flight):
-            return False
-        self._preempt(max(self._paused, key=key_of))
+        self._preempt(beam)
         return True
 
     def _release(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks and seat."""
         self._give_back(sequence)
-        if sequence.status is Status.PAUSED:
-            self._paused.remove(sequence)
-        elif sequence in self._prefills:
-            self._prefills.remove(sequence)
-        else:
-            self._num_left += 1
+        self.running.leave(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         """Free a running sequence's blocks, full ones still to be found; the next plan tells the ranks."""
@@ -420,13 +362,3 @@ class Scheduler:
         siblings = group.sequences.values()
         if not any(s.status in (Status.WAITING, Status.RUNNING) and not s.num_output_tokens for s in siblings):
             self.waiting.push(group.unborn.pop(0))
-
-    def _settle(self) -> None:
-        """Take those that run no more out of the decodes, before any of them can come back."""
-        if self._num_left:
-            self._set_decodes([s for s in self._decodes.sequences if s.status is Status.RUNNING])
-
-    def _set_decodes(self, sequences: list[Sequence]) -> None:
-        self._num_left = 0
-        self._decodes = Decodes(sequences, self.table)
-        self._watch_shared = bool(self.table.tail_shared[self._decodes.rows].any())

@@ -42,7 +42,7 @@ def finish(engine: LLMEngine) -> list[SequenceOutput]:
             outputs += engine.step()
         except ExecutorDied:
             engine.recover()
-        engine.blocks.check(engine.scheduler.running())
+        engine.blocks.check(engine.scheduler.running)
     assert not engine.has_unfinished, f"does not finish: {engine.stats()}"
     assert engine.stats().used_blocks == engine.stats().running == 0
     return outputs

@@ -175,9 +175,9 @@ class Run:
 
     def _check_books(self) -> None:
         engine = self.engine
-        engine.blocks.check(engine.scheduler.running())
+        engine.blocks.check(engine.scheduler.running)
         assert engine.num_in_flight <= engine.config.steps_ahead
-        assert engine.scheduler.num_running <= engine.config.max_num_seqs
+        assert len(engine.scheduler.running) <= engine.config.max_num_seqs
         assert 0 <= engine.stats().kv_utilization <= 1
 
 

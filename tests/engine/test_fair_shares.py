@@ -118,7 +118,7 @@ def test_nobody_starves_and_each_tenant_keeps_its_order(
         if failing and round_ == 15:
             engine.recover()
         outputs = engine.step()
-        engine.blocks.check(engine.scheduler.running())
+        engine.blocks.check(engine.scheduler.running)
         first_tokens += [o.request_id for o in outputs if (o.request_id, 0) not in collected.tokens]
         collected.add(outputs)
         if round_ > 60 and not engine.has_unfinished:

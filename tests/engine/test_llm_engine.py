@@ -187,8 +187,8 @@ def test_an_abort_frees_the_blocks_at_once(rounds: int) -> None:
     for _ in range(rounds):
         collected.add(engine.step())
     engine.abort("gone")
-    engine.blocks.check(engine.scheduler.running())
-    assert all(sequence.request_id == "other" for sequence in engine.scheduler.running())
+    engine.blocks.check(engine.scheduler.running)
+    assert all(sequence.request_id == "other" for sequence in engine.scheduler.running)
     collected.tokens = {sample: tokens for sample, tokens in collected.tokens.items() if sample[0] == "other"}
     while engine.has_unfinished:
         outputs = engine.step()

@@ -41,7 +41,7 @@ class Bench:
         scheduled = self.scheduler.schedule(0, self.num_steps)
         if scheduled is not None:
             self.num_steps += 1
-            self.blocks.check(self.scheduler.running())
+            self.blocks.check(self.scheduler.running)
         return scheduled
 
     def read(self, scheduled: ScheduledStep) -> None:
@@ -104,8 +104,8 @@ def test_seats_are_never_more_than_asked_nor_more_than_tokens() -> None:
             bench.add(1)
         for _ in range(5):
             bench.step()
-            assert bench.scheduler.num_running <= seats
-        assert bench.scheduler.num_running == seats and len(bench.scheduler.waiting) == 5 - seats
+            assert len(bench.scheduler.running) <= seats
+        assert len(bench.scheduler.running) == seats and len(bench.scheduler.waiting) == 5 - seats
 
 
 def test_the_last_come_makes_way_and_comes_back_first() -> None:
@@ -230,7 +230,7 @@ def test_a_last_token_in_flight_needs_no_blocks() -> None:
     sequence = bench.add(3, limit=4)[0]
     scheduled = bench.plan()
     assert scheduled is not None and sequence.status is Status.DRAINING
-    assert bench.blocks.stats().used == 0 and bench.scheduler.num_running == 0
+    assert bench.blocks.stats().used == 0 and len(bench.scheduler.running) == 0
     assert bench.plan() is None, "nothing is scheduled past its end"
     bench.add(3)
     assert unpack(bench.step().dropped).tolist() == [0]
