@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import anthropic
-import httpx
 import pytest
 
 ASK = [{"role": "user", "content": "What is 47 + 38?"}]
@@ -55,7 +54,7 @@ def test_system_and_blocks_and_stop_sequences(client):
 
 def test_sampling_parameters_of_older_clients(server):
     body = {"model": "tiny", "max_tokens": 30, "messages": ASK, "temperature": 0.01, "top_k": 1, "top_p": 0.5}
-    answer = httpx.post(f"{server.url}/v1/messages", json=body, timeout=60).json()
+    answer = server.http.post("/v1/messages", json=body).json()
     assert answer["content"][0]["text"] == "47 + 38 = 85"
 
 
@@ -112,7 +111,7 @@ def test_async(server):
 )
 def test_errors_in_its_shape(server, change, status, kind):
     body = {"model": "tiny", "max_tokens": 5, "messages": ASK, **change}
-    answer = httpx.post(f"{server.url}/v1/messages", json=body)
+    answer = server.http.post("/v1/messages", json=body)
     assert answer.status_code == status
     assert answer.json()["type"] == "error"
     assert answer.json()["error"]["type"] == kind

@@ -209,12 +209,12 @@ def test_missing_field(server: Any) -> None:
 def test_unknown_model(server: Any, path: str, body: dict[str, Any]) -> None:
     error = check_error(ask(server, path, {**body, "model": "gpt-5"}), 404, "model", "gpt-5", "tiny")
     assert (error["type"], error["code"]) == ("not_found_error", "model_not_found")
-    check_error(httpx.get(f"{server.url}/v1/models/gpt-5"), 404, "model", "gpt-5")
+    check_error(server.http.get("/v1/models/gpt-5"), 404, "model", "gpt-5")
 
 
 def test_unknown_route_and_method(server: Any) -> None:
-    assert check_error(httpx.get(f"{server.url}/v2/models"), 404, None, "/v2/models")["type"] == "not_found_error"
-    answer = httpx.get(f"{server.url}/v1/completions")
+    assert check_error(server.http.get("/v2/models"), 404, None, "/v2/models")["type"] == "not_found_error"
+    answer = server.http.get("/v1/completions")
     check_error(answer, 405, None, "GET /v1/completions")
     assert "POST" in answer.headers["allow"]
     check_error(httpx.put(f"{server.url}/v1/chat/completions", content=b"{}"), 405, None, "PUT")
@@ -248,7 +248,7 @@ def test_body_too_large(server: Any) -> None:
 def test_body_too_large_in_chunks(server: Any) -> None:
     """Without a content-length the body is cut off where it passes the limit."""
     pieces = (b"x" * 65536 for _ in range(64))
-    answer = httpx.post(f"{server.url}/v1/completions", content=pieces, timeout=30)
+    answer = server.http.post("/v1/completions", content=pieces)
     check_error(answer, 413, None, "at most 2097152")
     check_serving(server)
 

@@ -38,7 +38,7 @@ def test_leaving_before_the_answer(server: Any) -> None:
     before = drawn(server)
 
     async def main() -> None:
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=200) as client:
             request = asyncio.create_task(client.post(f"{server.url}/v1/completions", json=LONG, timeout=100))
             while not (await client.get(f"{server.url}/stats")).json()["running"]:
                 await asyncio.sleep(0)
@@ -62,14 +62,14 @@ def test_many_leave_at_once(server: Any) -> None:
                 return
 
     async def main() -> None:
-        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=64)) as client:
+        async with httpx.AsyncClient(timeout=200, limits=httpx.Limits(max_connections=64)) as client:
             await asyncio.gather(*[one(client, number) for number in range(48)])
 
     asyncio.run(main())
     stats = server.wait_idle()
     assert stats["free_blocks"] == stats["num_blocks"]
     body = {"messages": [{"role": "user", "content": "What is 20 + 30?"}]}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=100)
+    answer = server.http.post("/v1/chat/completions", json=body)
     assert answer.json()["choices"][0]["message"]["content"] == "20 + 30 = 50"
 
 
@@ -79,7 +79,7 @@ def test_deadline(server: Any) -> None:
     server.service.config = config.replace(request_timeout_s=0.05)
     try:
         with server.steps(STEPS):
-            answer = httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=100)
+            answer = server.http.post("/v1/completions", json=LONG)
     finally:
         server.service.config = config
     assert answer.status_code == 504

@@ -48,7 +48,7 @@ def fields(kind: Any) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def check(server: Any, path: str, body: bytes, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    answer = server.http.post(path, content=body, headers=headers, timeout=60)
+    answer = server.http.post(path, content=body, headers=headers)
     late = {504} if b'"timeout"' in body else set()
     assert answer.status_code in {200, 400, 404, 413} | late, (answer.status_code, answer.text, body)
     if answer.status_code != 200:
@@ -90,7 +90,7 @@ def test_completion(server: Any, extra: dict[str, Any], prompt: Any, stream: boo
 
 
 def check_other(server: Any, path: str, body: bytes) -> None:
-    answer = server.http.post(path, content=body, timeout=60)
+    answer = server.http.post(path, content=body)
     assert answer.status_code == 200 or answer.status_code in CLIENT_ERRORS, (path, answer.status_code, answer.text)
     if answer.status_code != 200:
         assert answer.json()["error"]

@@ -23,17 +23,17 @@ def test_models(server: Any, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny", "tiny-alias"]
     assert client.models.retrieve("tiny").max_model_len == 256  # type: ignore[attr-defined]
     assert client.models.retrieve("tiny-alias").root == "tiny"  # type: ignore[attr-defined]
-    assert httpx.get(f"{server.url}/health").json()["state"] == "ready"
-    assert httpx.get(f"{server.url}/ready").status_code == 200
+    assert server.http.get("/health").json()["state"] == "ready"
+    assert server.http.get("/ready").status_code == 200
 
 
 def test_request_id_is_echoed(server: Any) -> None:
-    answer = httpx.get(f"{server.url}/v1/models", headers={"x-request-id": "mine-1"})
+    answer = server.http.get("/v1/models", headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
     body = {"prompt": "a", "max_tokens": 1}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-request-id": "mine-2"})
+    answer = server.http.post("/v1/completions", json=body, headers={"x-request-id": "mine-2"})
     assert answer.json()["id"] == "cmpl-mine-2"
-    answer = httpx.post(f"{server.url}/v1/completions", json={**body, "request_id": "mine-3"})
+    answer = server.http.post("/v1/completions", json={**body, "request_id": "mine-3"})
     assert answer.json()["id"] == "cmpl-mine-3"
 
 
@@ -204,7 +204,7 @@ def test_stop_strings_never_leak(client: openai.OpenAI) -> None:
 
 def test_token_ids_are_returned(server: Any) -> None:
     body = {"messages": QUESTION, "return_token_ids": True}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()
+    answer = server.http.post("/v1/chat/completions", json=body).json()
     assert server.service.tokenizer.decode(answer["choices"][0]["token_ids"]) == ANSWER
     events = stream_events(server, "/v1/chat/completions", {**body, "stream": True})
     assert events[0]["prompt_token_ids"] == answer["prompt_token_ids"]
@@ -231,7 +231,7 @@ def test_cached_tokens_are_told(client: openai.OpenAI) -> None:
 
 def stream_events(server: Any, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     """The events of a stream, parsed, without [DONE]."""
-    with httpx.stream("POST", f"{server.url}{path}", json=body, timeout=30) as answer:
+    with httpx.stream("POST", f"{server.url}{path}", json=body, timeout=200) as answer:
         assert answer.status_code == 200
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines[-1] == "[DONE]"

@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
     ],
 )
 def test_files(server, path, kind):
-    answer = httpx.get(server.url + path)
+    answer = server.http.get(path)
     assert answer.status_code == 200
     assert kind in answer.headers["content-type"]
     assert "default-src 'self'" in answer.headers["content-security-policy"]
@@ -33,7 +33,7 @@ def test_files(server, path, kind):
 
 @pytest.mark.parametrize("path", ["/web/nothing.js", "/web/..%2fapp.py", "/web/%2e%2e/app.py", "/web/"])
 def test_no_other_files(server, path):
-    assert httpx.get(server.url + path).status_code == 404
+    assert server.http.get(path).status_code == 404
 
 
 def test_picture_while_busy_and_idle(server):
@@ -44,7 +44,7 @@ def test_picture_while_busy_and_idle(server):
             server.wait(lambda stats: stats["running"] + stats["waiting"] >= 4)
             server.executor.allow(40)
             server.wait(lambda stats: stats["running"] >= 12 and stats["saved_blocks"])
-            busy = httpx.get(f"{server.url}/engine/state").json()
+            busy = server.http.get("/engine/state").json()
         assert all(a.result().status_code == 200 for a in answers)
     assert busy["running"] >= 3
     states = np.frombuffer(base64.b64decode(busy["blocks"]["state"]), np.uint8)
@@ -56,7 +56,7 @@ def test_picture_while_busy_and_idle(server):
     assert owners.max() == len(busy["requests"]) - 1
     assert busy["requests"][0]["sequences"] == 3
     server.wait_idle()
-    picture = httpx.get(f"{server.url}/engine/state").json()
+    picture = server.http.get("/engine/state").json()
     assert picture["requests"] == []
     assert picture["blocks"]["used"] == 0
     assert picture["counters"]["generated_tokens"] >= 4 * 3 * 150
@@ -64,8 +64,8 @@ def test_picture_while_busy_and_idle(server):
 
 def test_metrics_parse(server):
     body = {"prompt": "Hi", "max_tokens": 4, "guided_regex": "[0-9]{2}"}
-    httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
-    families = {f.name: f for f in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)}
+    server.http.post("/v1/completions", json=body).raise_for_status()
+    families = {f.name: f for f in text_string_to_metric_families(server.http.get("/metrics").text)}
     assert families["manta_generated_tokens"].type == "counter"
     assert families["manta_time_to_first_token_seconds"].type == "histogram"
     for name in ("manta_time_to_first_token_seconds", "manta_mask_seconds"):
@@ -75,11 +75,11 @@ def test_metrics_parse(server):
 
 
 def test_version(server):
-    assert httpx.get(f"{server.url}/version").json()["version"]
+    assert server.http.get("/version").json()["version"]
 
 
 def test_openapi_names_every_route_and_field(server):
-    api = httpx.get(f"{server.url}/openapi.json").json()
+    api = server.http.get("/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/messages", "/v1/responses", "/generate", "/tokenize", "/health"} <= set(
         api["paths"]
     )
@@ -91,7 +91,7 @@ def test_openapi_names_every_route_and_field(server):
 
 
 def test_openapi_tells_the_ranges_that_hold(server):
-    api = httpx.get(f"{server.url}/openapi.json").json()["components"]["schemas"]
+    api = server.http.get("/openapi.json").json()["components"]["schemas"]
     text, chat = api["CompletionRequest"]["properties"], api["ChatCompletionRequest"]["properties"]
     told = {}
     for name, field in text.items():

@@ -8,7 +8,6 @@ import shutil
 import threading
 from pathlib import Path
 
-import httpx
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -218,7 +217,7 @@ def test_engine_page_while_busy_and_after(open_page, server):
 
     def load() -> None:
         while not done.is_set():
-            httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+            server.http.post("/v1/completions", json=body).raise_for_status()
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         loads = [pool.submit(load) for _ in range(3)]
@@ -247,7 +246,7 @@ def test_engine_page_while_busy_and_after(open_page, server):
 def test_docs_page_lists_every_route(open_page, server):
     page = open_page("/docs")
     page.wait_for_selector(".route")
-    api = httpx.get(f"{server.url}/openapi.json").json()
+    api = server.http.get("/openapi.json").json()
     assert page.locator(".route").count() == sum(len(methods) for methods in api["paths"].values())
     chat = page.locator(".route", has_text="/v1/chat/completions")
     chat.locator("summary").click()

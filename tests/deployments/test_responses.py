@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 
-import httpx
 import openai
 import pytest
 from pydantic import BaseModel
@@ -141,7 +140,7 @@ def test_function_calls_and_their_results(client):
     ],
 )
 def test_what_is_wrong_is_said(server, change, param):
-    answer = httpx.post(f"{server.url}/v1/responses", json={"input": ASK, **change})
+    answer = server.http.post("/v1/responses", json={"input": ASK, **change})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
 

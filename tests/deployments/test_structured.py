@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-import httpx
 import jsonschema
 import openai
 import pytest
@@ -118,11 +117,11 @@ def test_extensions_in_both_routes(client, extra, pattern):
     ],
 )
 def test_what_is_wrong_is_said(server, extra, param, said):
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": ASK, "max_tokens": 5, **extra})
+    answer = server.http.post("/v1/chat/completions", json={"messages": ASK, "max_tokens": 5, **extra})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
     assert said in answer.json()["error"]["message"]
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert server.http.get("/health").status_code == 200
 
 
 def test_required_tools_streamed_and_not(client):

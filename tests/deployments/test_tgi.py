@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 import torch
 from huggingface_hub import InferenceClient
@@ -88,10 +87,10 @@ def test_grammar(server):
     schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 99}}, "required": ["a"]}
     schema["additionalProperties"] = False
     body = {"inputs": "JSON:", "parameters": {"max_new_tokens": 40, "grammar": {"type": "json", "value": schema}}}
-    text = httpx.post(f"{server.url}/generate", json=body, timeout=60).json()["generated_text"]
+    text = server.http.post("/generate", json=body).json()["generated_text"]
     assert set(json.loads(text)) == {"a"}
     body["parameters"]["grammar"] = {"type": "regex", "value": "[a-c]{4}"}
-    assert len(httpx.post(f"{server.url}/generate", json=body, timeout=60).json()["generated_text"]) == 4
+    assert len(server.http.post("/generate", json=body).json()["generated_text"]) == 4
 
 
 def test_huggingface_hub_client(server, monkeypatch):
@@ -111,21 +110,21 @@ def test_huggingface_hub_client(server, monkeypatch):
 
 
 def test_headers_and_info(server):
-    answer = httpx.post(f"{server.url}/generate", json={"inputs": "Hi", "parameters": {"max_new_tokens": 3}})
+    answer = server.http.post("/generate", json={"inputs": "Hi", "parameters": {"max_new_tokens": 3}})
     assert int(answer.headers["x-generated-tokens"]) <= 3
     assert int(answer.headers["x-prompt-tokens"]) >= 1
     assert {"x-total-time", "x-queue-time", "x-inference-time", "x-time-per-token", "x-compute-type"} <= set(
         answer.headers
     )
-    info = httpx.get(f"{server.url}/info").json()
+    info = server.http.get("/info").json()
     assert info["model_id"] == "tiny"
     assert info["max_total_tokens"] == 256
 
 
 def test_root_answers_a_list_or_a_stream(server):
     body = {"inputs": "Hi", "parameters": {"max_new_tokens": 3}}
-    assert isinstance(httpx.post(server.url, json=body).json(), list)
-    streamed = httpx.post(server.url, json={**body, "stream": True})
+    assert isinstance(server.http.post("/", json=body).json(), list)
+    streamed = server.http.post("/", json={**body, "stream": True})
     assert streamed.headers["content-type"].startswith("text/event-stream")
 
 
@@ -147,7 +146,7 @@ def test_root_answers_a_list_or_a_stream(server):
     ],
 )
 def test_validation_errors(server, parameters, said):
-    answer = httpx.post(f"{server.url}/generate", json={"inputs": "Hi", "parameters": parameters})
+    answer = server.http.post("/generate", json={"inputs": "Hi", "parameters": parameters})
     assert answer.status_code == 422
     assert answer.json()["error_type"] == "validation"
     assert said in answer.json()["error"]
@@ -160,7 +159,7 @@ def test_the_client_raises_its_own_error(client):
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"parameters": {}}'])
 def test_malformed_bodies(server, body):
-    answer = httpx.post(f"{server.url}/generate", content=body)
+    answer = server.http.post("/generate", content=body)
     assert answer.status_code == 422
     assert answer.json()["error_type"] == "validation"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
 def post(server, path, **body):
-    return httpx.post(f"{server.url}{path}", json=body, timeout=30)
+    return server.http.post(path, json=body)
 
 
 def test_text_and_back(server):
