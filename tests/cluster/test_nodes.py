@@ -1,32 +1,30 @@
 """Ranks over two nodes: plans by TCP, and a node that is lost and comes back."""
 
 import asyncio
+import contextlib
 import os
 import signal
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.driver import start_driver, stop_driver
-from cluster.driver_client import DriverClient
-from cluster.messages import error_of
 from cluster.placement import DRIVER_CPUS, rank_bundle
 from cluster.recovery import RecoveryPolicy
 from engine.config import EngineConfig
-from engine.errors import ResourcesMissing
-from engine.llm_engine import LLMEngine
-from engine.local_executor import LocalExecutor
-from engine.model_config import ModelConfig, resolve
+from engine.errors import EngineUnavailable, ResourcesMissing
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from tests.checkpoints import make_checkpoint
+from tests.streams import Streams, driver_pid, started, undisturbed
 
 pytestmark = pytest.mark.ray
+
+GIVEN_UP_S = 10.0
+RED_WITHIN_S = 30.0
+"""Promised are seconds: two where the machine is not busy."""
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +36,58 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def nodes(config):
-    """A head with room for the driver and one rank, and a second node with room for one: the last of a list."""
+def cluster(config):
+    """A head with room for the driver and one rank."""
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
     head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False)
-    room = rank_bundle(config)["CPU"]
-    fill(1 - DRIVER_CPUS - room, "node:__internal_head__")
-    second = cluster.add_node(num_cpus=1, resources={"second": 1})
-    fill(1 - room, "second")
-    yield cluster, [second]
+    fill(1 - DRIVER_CPUS - rank_bundle(config)["CPU"], "node:__internal_head__")
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+class SecondNode:
+    """A node with room for one rank, that may be lost and come back."""
+
+    def __init__(self, cluster, room):
+        self._cluster, self._node = cluster, None
+        self.come()
+        self._full = fill(1 - room, "second")
+
+    def come(self):
+        self._node = self._cluster.add_node(num_cpus=1, resources={"second": 1})
+
+    def lose(self, rank):
+        """The process of its rank too: Ray would let it live for a moment."""
+        self._cluster.remove_node(self._node, allow_graceful=False)
+        self._node = None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank.pid, signal.SIGKILL)
+
+    def end(self):
+        ray.util.remove_placement_group(self._full)
+        if self._node is not None:
+            self._cluster.remove_node(self._node)
+
+
+@pytest.fixture
+def second(cluster, config):
+    node = SecondNode(cluster, rank_bundle(config)["CPU"])
+    yield node
+    node.end()
+
+
+def this_node():
+    return ray.get_runtime_context().get_node_id()
 
 
 def fill(cpus, where):
     """Leave less room on a node."""
     group = ray.util.placement_group([{"CPU": round(cpus, 4), where: 0.001}])
-    assert group.wait(20)
+    assert group.wait(100)
+    return group
 
 
 def requests():
@@ -70,152 +101,82 @@ def requests():
     ]
 
 
-@pytest.fixture(scope="module")
-def expected(config):
-    alone = config.replace(tensor_parallel_size=1)
-    model_config = ModelConfig.load(alone)
-    alone = resolve(alone, model_config)
-    engine = LLMEngine(
-        alone,
-        LocalExecutor(alone, model_config),
-        vocab_size=model_config.vocab_size,
-        eos_token_ids=model_config.eos_token_ids,
-    )
-    engine.start()
-    tokens = {}
-    for request in requests():
-        engine.add_request(request)
-    while engine.has_unfinished:
-        for output in engine.step():
-            tokens.setdefault(output.request_id, []).extend(output.token_ids)
-    engine.shutdown()
-    return tokens
-
-
-def test_a_lost_node_is_waited_for_and_no_token_changes(nodes, config, expected):
-    cluster, seconds = nodes
-    driver = start_driver(config, name="spread")
-    before = ray.get(driver.rank_facts.remote())
-    assert len({facts.node_id for facts in before}) == 2
-    all_began = threading.Event()
-
-    async def generate():
-        tokens, ended, changed = {}, set(), asyncio.Event()
-
-        def on_outputs(outputs):
-            for output in outputs:
-                assert output.error is None
-                tokens.setdefault(output.request_id, []).extend(output.token_ids)
-                if output.finish_reason:
-                    ended.add(output.request_id)
-            changed.set()
-
-        client = await DriverClient.connect(driver, on_outputs=on_outputs)
-        for request in requests():
-            client.submit(request)
-        async with asyncio.timeout(150):
-            while len(ended) < 8:
-                await changed.wait()
-                changed.clear()
-                if len(tokens) == 8:
-                    all_began.set()
-        stats = await client.stats()
-        await client.close()
-        return tokens, stats
-
-    with ThreadPoolExecutor(1) as pool:
-        generated = pool.submit(lambda: asyncio.run(generate()))
-        assert all_began.wait(60)
-        cluster.remove_node(seconds.pop(), allow_graceful=False)
-        deadline_s = time.monotonic() + 60
-        while "waiting for resources" not in (health := ray.get(driver.health.remote())).waiting_for:
-            assert time.monotonic() < deadline_s
+def test_a_lost_node_is_waited_for_and_no_token_changes(second, config):
+    async def main(driver):
+        here, elsewhere = sorted(ray.get(driver.rank_facts.remote()), key=lambda rank: rank.node_id != this_node())
+        assert (here.node_id == this_node()) and (elsewhere.node_id != this_node())
+        streams, pid = Streams(requests()), driver_pid(driver)
+        await streams.join(driver)
+        async with streams.stopped(pid, streams.all_grow()):
+            second.lose(elsewhere)
+        deadline_s = time.monotonic() + 100
+        while "waiting for resources" not in (health := await streams.client.health()).waiting_for:
+            assert time.monotonic() < deadline_s, health
         assert (health.state, health.live, health.healthy) == ("recovering", True, False)
-        assert not generated.done()
-        seconds.append(cluster.add_node(num_cpus=1, resources={"second": 1}))
-        tokens, stats = generated.result(150)
-    assert tokens == expected
-    assert ray.get(driver.rank_facts.remote())[0] == before[0]  # its weights stayed, while it waited
-    assert stats["recoveries"] >= 1
-    assert stats["used_blocks"] == 0
-    assert ray.get(driver.health.remote()).ready
-    assert ray.get(driver.health.remote()).healthy
-    stop_driver(driver)
+        assert streams.open
+        second.come()
+        stats = await streams.finish()
+        assert streams.tokens == undisturbed(config, requests())
+        assert here in ray.get(driver.rank_facts.remote())  # its weights stayed, while it waited
+        assert stats["recoveries"] >= 1
+        health = await driver.health.remote()
+        assert health.ready and health.healthy
+
+    with started(config, "spread") as driver:
+        asyncio.run(main(driver))
 
 
-class Kept:
-    """What became of each request."""
-
-    def __init__(self):
-        self.began, self.errors, self.changed = set(), {}, asyncio.Event()
-
-    def on_outputs(self, outputs):
-        for output in outputs:
-            if output.error is not None:
-                self.errors[output.request_id] = error_of(output)
-            elif output.token_ids:
-                self.began.add(output.request_id)
-        self.changed.set()
-
-    async def until(self, condition, timeout_s):
-        async with asyncio.timeout(timeout_s):
-            while not condition():
-                self.changed.clear()
-                await self.changed.wait()
-
-
-def test_a_node_that_never_comes_back_is_told_in_seconds_and_given_up_in_time(nodes, config):
-    cluster, seconds = nodes
-    policy = RecoveryPolicy(patience_s=3)
-    few = config.replace(max_num_seqs=2, resources_timeout_s=15)
+def test_a_node_that_never_comes_back_is_told_in_seconds_and_given_up_in_time(second, config):
+    few = config.replace(max_num_seqs=2, resources_timeout_s=GIVEN_UP_S)
     room, head = rank_bundle(config)["CPU"], {"node:__internal_head__": 0.001}
     group = ray.util.placement_group(
         [{"CPU": DRIVER_CPUS, **head}, {"CPU": room, **head}, {"CPU": room, "second": 0.001}]
     )
-    driver = start_driver(few, name="forlorn", placement_group=group, policy=policy)
-    _, pid = ray.get(driver.pid.remote())
-    ranks = ray.get(driver.rank_facts.remote())
     long = SamplingParams(max_tokens=250, ignore_eos=True)
+    running, waiting = ("runs0", "runs1"), ("waits0", "waits1")
 
-    async def main():
-        kept = Kept()
-        client = await DriverClient.connect(driver, on_outputs=kept.on_outputs)
-        for name in ("runs0", "runs1", "waits0", "waits1"):
-            client.submit(Request.create(name, [5, 6, 7], long))
-        await kept.until(lambda: kept.began == {"runs0", "runs1"}, 30)
-        os.kill(ranks[1].pid, signal.SIGSTOP)  # nothing more is done until the node goes
-        cluster.remove_node(seconds.pop(), allow_graceful=False)
-        os.kill(ranks[1].pid, signal.SIGKILL)  # a stopped process outlives its node
-        removed_s = time.monotonic()
-        async with asyncio.timeout(10):
-            while (await client.health()).healthy:
-                await asyncio.sleep(0.1)
-        red_s = time.monotonic()
-        client.submit(Request.create("late", [5, 6, 7], long))
-        await kept.until(lambda: "late" in kept.errors, 3)
-        health = await client.health()
+    async def main(driver):
+        streams, pid = (
+            Streams([Request.create(name, [5, 6, 7], long) for name in (*running, *waiting)]),
+            driver_pid(driver),
+        )
+        elsewhere = ray.get(driver.rank_facts.remote())[1]
+        began = lambda: {name for (name, _), tokens in streams.tokens.items() if tokens}
+        await streams.join(driver)
+        async with streams.stopped(pid, lambda: began() == set(running)):
+            second.lose(elsewhere)
+            lost_s = time.monotonic()
+        while (health := await streams.client.health()).healthy:
+            await asyncio.sleep(0.1)
+        assert time.monotonic() - lost_s < RED_WITHIN_S
+        assert abs(health.since_s - time.time()) < RED_WITHIN_S
+        late = Streams([Request.create("late", [5, 6, 7], long)])
+        await late.join(driver)
+        await late.until(lambda: not late.open)
         assert (health.state, health.live) == ("recovering", True)
         assert health.waiting_for.startswith("waiting for resources: needs 0.5 CPU")
-        assert abs(health.since_s - time.time()) < 30
-        assert (await client.stats())["waiting"] >= 0  # it still answers
-        await kept.until(lambda: {"waits0", "waits1"} <= kept.errors.keys(), 8)
-        assert kept.errors.keys() == {"late", "waits0", "waits1"}
-        for error in kept.errors.values():
+        await streams.client.stats()  # it still answers
+        await streams.until(lambda: not streams.open)
+        assert time.monotonic() - lost_s >= GIVEN_UP_S
+        assert began() == set(running)
+        for error in (*late.errors.values(), *(streams.errors[name, 0] for name in waiting)):
             assert type(error) is ResourcesMissing
             assert (error.http_status, error.retry_after_s) == (503, 5.0)
             assert "the engine is recovering since" in str(error)
-        await kept.until(lambda: {"runs0", "runs1"} <= kept.errors.keys(), 20)
-        assert "could not be brought back" in str(kept.errors["runs0"])
-        assert kept.errors["runs0"].http_status == 503
-        assert (await client.health()).state == "failed"
-        await client.close()
-        return red_s - removed_s, time.monotonic() - red_s
+        for name in running:
+            assert type(streams.errors[name, 0]) is EngineUnavailable
+            assert "could not be brought back" in str(streams.errors[name, 0])
+        assert (await streams.client.health()).state == "failed"
+        await late.client.close()
+        await streams.client.close()
+        return pid
 
-    red_after_s, waited_s = asyncio.run(main())
-    assert red_after_s < 8
-    assert 10 < waited_s < 25
-    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
-    log = "".join(path.read_text() for path in logs.glob(f"worker-*-{pid}.err"))
-    assert log.count("manta:forlorn: waiting for resources") == 2, log  # when it began, and when it was given up
-    assert log.count("giving up") == 1
-    stop_driver(driver)
+    try:
+        with started(few, "forlorn", placement_group=group, policy=RecoveryPolicy(patience_s=3)) as driver:
+            pid = asyncio.run(main(driver))
+            logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+            log = "".join(path.read_text() for path in logs.glob(f"worker-*-{pid}.err"))
+            assert log.count("manta:forlorn: waiting for resources") == 2, log  # as it began, and as it was given up
+            assert log.count("giving up") == 1
+    finally:
+        ray.util.remove_placement_group(group)
