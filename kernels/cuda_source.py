@@ -151,15 +151,19 @@ class TensorMap(ctypes.Structure):
 
 
 @lru_cache(maxsize=8192)
-def _tensor_map(address: int, half: bool, rows: int, size: int, stride: int, box_rows: int) -> TensorMap:
+def _tensor_map(
+    address: int, half: bool, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> TensorMap:  # fmt: skip
+    """Sizes, strides (all but the first's, in bytes) and the box are listed from the dimension that is contiguous."""
     raw = ctypes.create_string_buffer(128 + 64)  # the driver wants 64-byte alignment
     place = (ctypes.addressof(raw) + 63) // 64 * 64
-    u64, u32 = ctypes.c_uint64, ctypes.c_uint32
+    rank, u64, u32 = len(sizes), ctypes.c_uint64, ctypes.c_uint32
     type_, none, swizzle_128, promote_256 = (6 if half else 9), 0, 3, 3
     _check(
         _driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(place), type_, 2, ctypes.c_void_p(address), (u64 * 2)(size, rows), (u64 * 1)(2 * stride),
-            (u32 * 2)(64, box_rows), (u32 * 2)(1, 1), none, swizzle_128, promote_256, none,
+            ctypes.c_void_p(place), type_, rank, ctypes.c_void_p(address), (u64 * rank)(*sizes),
+            (u64 * (rank - 1))(*strides), (u32 * rank)(*box), (u32 * rank)(*[1] * rank), none, swizzle_128,
+            promote_256, none,
         )
     )  # fmt: skip
     return TensorMap.from_buffer_copy(ctypes.string_at(place, 128))
@@ -171,7 +175,20 @@ def tensor_map(x: Tensor, box_rows: int) -> TensorMap:
     Rows start at multiples of 16 bytes. What a box has outside of the matrix reads as zero.
     """
     assert x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) == 1 and 0 < box_rows <= 256
-    return _tensor_map(x.data_ptr(), x.dtype == torch.float16, x.shape[0], x.shape[1], x.stride(0), box_rows)
+    sizes, strides = (x.shape[1], x.shape[0]), (2 * x.stride(0),)
+    return _tensor_map(x.data_ptr(), x.dtype == torch.float16, sizes, strides, (64, box_rows))
+
+
+def halves_map(x: Tensor, box_runs: int) -> TensorMap:
+    """The same of a matrix of two halves [2R, K], R a multiple of 8: a box has `box_runs` times 8 rows of each.
+
+    In shared memory 8 rows of the first half are followed by the same 8 of the second, and so on. Coordinates: K, row
+    of 8, half, run of 8 rows.
+    """
+    rows, stride = x.shape[0] // 2, 2 * x.stride(0)
+    assert x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) == 1 and x.shape[0] % 16 == 0
+    sizes, strides = (x.shape[1], 8, 2, rows // 8), (stride, rows * stride, 8 * stride)
+    return _tensor_map(x.data_ptr(), x.dtype == torch.float16, sizes, strides, (64, 8, 2, box_runs))
 
 
 class CudaKernel:

@@ -1,8 +1,9 @@
 """Linear layers: the product, and the norm, activation or residual sum next to it in one kernel.
 
-With few rows a product is a read of its weights; kernels.linear_stream reads them at the memory's speed. With more rows
-it is kernels.linear_hopper on Hopper GPUs, where that is faster (kernels.linear_configs chooses); else the definitions
-run: cuBLAS for the product, the operations around it each as its own kernel.
+With few rows a product is a read of its weights: kernels.linear_gemv, and linear_few (on Hopper GPUs) or linear_stream,
+read them at the memory's speed. With more rows it is kernels.linear_hopper on Hopper GPUs, where that is faster
+(kernels.linear_configs chooses); else the definitions run: cuBLAS for the product, the operations around it each as a
+kernel of its own.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import linear_hopper
+from kernels import linear_few
 from kernels.activation import silu_and_mul
+from kernels.hopper import why_not
 from kernels.launch import num_multiprocessors
 from kernels.linear_configs import Config, linear_config
+from kernels.linear_few import FewConfig
 from kernels.linear_hopper import HopperConfig
 from kernels.registry import kernel, on_gpu
 from kernels.rms_norm import rms_norm
@@ -58,7 +61,8 @@ def linear_silu_and_mul(x: Tensor, weight: Tensor) -> Tensor:
     return silu_and_mul(F.linear(x, weight))
 
 
-def _why_not_product(x: Tensor, weight: Tensor, operation: str) -> str | None:
+def _why_not_product(operation: str, x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
+    """Others: bias, residual or the norm's weight."""
     if x.dim() != 2:
         return f"x has {x.dim()} dimensions"
     if x.dtype not in (torch.float16, torch.bfloat16) and on_gpu(x):
@@ -71,37 +75,41 @@ def _why_not_product(x: Tensor, weight: Tensor, operation: str) -> str | None:
     if isinstance(config, HopperConfig):
         if any(tensor.stride(0) % 8 or tensor.storage_offset() % 8 for tensor in (x, weight)):
             return "rows do not start at multiples of 16 bytes"
-        return linear_hopper.why_not(x.device)
+        return why_not(x.device)
+    if isinstance(config, FewConfig):
+        norm, gated = operation.startswith("norm"), "silu" in operation
+        return linear_few.unsupported(x, weight, *others, gated=gated, norm=norm)
     return None
 
 
 def _find(operation: str, x: Tensor, weight: Tensor) -> Config | None:
     multiprocessors = num_multiprocessors(x.device) if on_gpu(x) else 132
-    return linear_config(operation, x.shape[0], weight.shape[0], x.shape[1], multiprocessors)
+    shape = x.shape[0], weight.shape[0], x.shape[1]
+    return linear_config(operation, *shape, multiprocessors, hopper=why_not(x.device) is None)
 
 
-def _why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:  # noqa: ARG001
-    return _why_not_product(x, weight, "linear")
+def _why_not_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    return _why_not_product("linear", x, weight, bias)
 
 
 def _why_not_linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> str | None:
     if residual.stride(-1) != 1 or residual.stride(0) % 2 or residual.storage_offset() % 2:
         return "a residual's row is not contiguous, or starts at an odd place"
-    return _why_not_product(x, weight, "linear_add")
+    return _why_not_product("linear_add", x, weight, residual)
 
 
 def _why_not_norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None  # noqa: ARG001
 ) -> str | None:  # fmt: skip
-    return _why_not_product(x, weight, "norm_linear")
+    return _why_not_product("norm_linear", x, weight, norm_weight, bias)
 
 
 def _why_not_norm_gated(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> str | None:  # noqa: ARG001
-    return _why_not_product(x, weight, "norm_linear_silu_and_mul")
+    return _why_not_product("norm_linear_silu_and_mul", x, weight, norm_weight)
 
 
 def _why_not_gated(x: Tensor, weight: Tensor) -> str | None:
-    return _why_not_product(x, weight, "linear_silu_and_mul")
+    return _why_not_product("linear_silu_and_mul", x, weight)
 
 
 def _config(operation: str, x: Tensor, weight: Tensor) -> Any:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kernels import linear_few
+from kernels.linear_few import FewConfig
 from kernels.linear_gemv import GemvConfig
 from kernels.linear_hopper import HopperConfig, choose
 from kernels.linear_stream import LinearConfig
@@ -38,15 +40,20 @@ TABLE: dict[str, list[Row]] = {
 }
 
 
-Config = GemvConfig | LinearConfig | HopperConfig
+Config = GemvConfig | LinearConfig | HopperConfig | FewConfig
 
 
 def linear_config(
-    operation: str, rows: int, num_columns: int, size: int, multiprocessors: int = 132
+    operation: str, rows: int, num_columns: int, size: int, multiprocessors: int = 132, *, hopper: bool = False
 ) -> Config | None:  # fmt: skip
-    """The config of a product of `rows` rows, weight [num_columns, size]; None where the library is faster."""
+    """The config of a product of `rows` rows, weight [num_columns, size]; None where the library is faster.
+
+    hopper: kernels.hopper.why_not has nothing against the device.
+    """
     if size % 8 or num_columns < 16:
         return None
+    if hopper and linear_few.ENABLED and 1 < rows <= linear_few.MAX_ROWS:
+        return linear_few.choose(rows, num_columns, size, "silu" in operation, multiprocessors)
     for row in TABLE[operation]:
         if rows <= row.max_rows and size <= row.max_size:
             return row.config

@@ -13,10 +13,6 @@
 // of a tile is cut; each split then adds up its share of the tile's columns from what the others left in `partial`, in
 // a fixed order. The grid may be smaller than the number of tiles: clusters take them in turn.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short half_bits;
-
 constexpr int ROWS = 64 * GROUPS;
 constexpr int DEPTH = 64;  // of K a stage: 128 bytes, the swizzle's width
 constexpr int X_BYTES = ROWS * DEPTH * 2, W_BYTES = WIDTH * DEPTH * 2, STAGE_BYTES = X_BYTES + W_BYTES;
@@ -28,78 +24,7 @@ constexpr int EIGHTS = OUT_WIDTH / 8;  // runs of 8 columns, of which a thread h
 
 template <int N> struct Constant { static constexpr int value = N; };
 
-struct alignas(64) TensorMap { char bytes[128]; };
-
-__device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}"
-      ::"r"(bar), "r"(parity) : "memory");
-}
-
-// Arrive at the barrier of the same place in a block of the cluster. With no wider scope than this block's: what it
-// orders are reads by the matrix units, and a release to the cluster would wait for memory every time.
-__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block) : "memory");
-}
-
-__device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 bar, int k, int row, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row), "l"(policy) : "memory");
-}
-
-__device__ __forceinline__ void load_tile_for(
-    u32 to, const TensorMap* map, u32 bar, int k, int row, u64 policy, unsigned short blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-      " [%0], [%1, {%3, %4}], [%2], %6, %5;"
-      ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row), "l"(policy), "h"(blocks) : "memory");
-}
-
-// Shared memory of [rows, 64] in 128-byte swizzle, K contiguous: 8 rows are 1,024 bytes.
-__device__ __forceinline__ u64 matrix_descriptor(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 out;
-#if HALF
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-#endif
-  return out;
-}
-
-__device__ __forceinline__ float widen(half_bits bits) {
-#if HALF
-  float out;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
-  return out;
-#else
-  return __uint_as_float((u32)bits << 16);
-#endif
-}
-
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+__device__ __forceinline__ void consumers_sync() { named_sync(1, CONSUMERS); }
 
 // The pieces of work, each one tile of a cluster for one split of K; of one tile the splits are neighbours, then the
 // tiles of up to 8 cluster rows with the same columns, so that what runs at one time shares its loads in L2.
@@ -128,8 +53,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
   extern __shared__ char memory[];
   const u32 stages = (address_of(memory) + 1023) & ~1023u;
   const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  const u32 rank = cluster_rank();
   const int block_m = CN == 1 ? rank : rank / CN, block_n = CN == 1 ? 0 : rank % CN;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, or setmaxnreg is ignored
 
@@ -138,16 +62,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, 4 * GROUPS * SHARERS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barrier_inits_fence();
   }
   cluster_sync();
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  let_next_start();
 
   Work work{tiles_m, tiles_n, splits, steps};
   const int first_item = blockIdx.x / CLUSTER, num_clusters = gridDim.x / CLUSTER;
 
   if (group == GROUPS) {
-    if (GROUPS == 3) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    if (GROUPS == 3) leave_registers<32>();
     if (threadIdx.x == CONSUMERS) {
       auto load_x = [&](u32 slot, int step) {
         const u32 to = stages + slot * STAGE_BYTES, bar = full + 8 * slot;
@@ -182,7 +106,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
           load_w(i, work.first + i);
         }
       }
-      asm volatile("griddepcontrol.wait;" ::: "memory");
+      wait_for_last();
       for (int item = first_item; item < work.count(); item += num_clusters) {
         work.go(item);
         for (int step = work.first; step < work.last; step++) {
@@ -201,9 +125,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
     __syncwarp();
     cluster_sync();  // none leaves while another may still arrive at its barriers
   } else {
-    if (GROUPS == 3) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+    if (GROUPS == 3) take_registers<160>();
     const int lane = threadIdx.x % 32, quad = lane % 4;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_last();
     float acc[WIDTH / 2];
     u32 slot = 0, phase = 0;
     // The block of the cluster that this lane tells that a stage is free: those of its row, then the rest of its column.
@@ -222,16 +146,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         if (active) {
           const u64 x = matrix_descriptor(stages + slot * STAGE_BYTES + group * (64 * DEPTH * 2));
           const u64 w = matrix_descriptor(stages + slot * STAGE_BYTES + X_BYTES);
-          asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+          wgmma_fence();
 #pragma unroll
           for (int k = 0; k < DEPTH / 16; k++) {
             wgmma(acc, x + 2 * k, w + 2 * k, step > work.first || k > 0);
             if (PARTS == 2)
               wgmma(acc + WIDTH / 4, x + 2 * k, w + 2 * k + W_BYTES / 32, step > work.first || k > 0);
           }
-          asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+          wgmma_commit();
           if (step > work.first) {
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            wgmma_wait<1>();
             release(before);
           }
         } else if (step > work.first) {
@@ -240,7 +164,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         before = slot;
         if (++slot == STAGES) slot = 0, phase ^= 1;
       }
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      wgmma_wait<0>();
       release(before);
 
       const int row = row0 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8
@@ -315,11 +239,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
       }
       consumers_sync();
       if (threadIdx.x == 0) {
-        __threadfence();
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived + tile) : "memory");
-        u32 count;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(arrived + tile) : "memory");
-        while (count < splits);
+        count_arrival(arrived + tile);
+        while (arrivals(arrived + tile) < splits) {}
       }
       consumers_sync();
       auto add_up = [&](auto of, auto which) {

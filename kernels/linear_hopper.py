@@ -12,23 +12,18 @@ import ctypes
 import itertools
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels.cuda_source import CudaKernel, nvrtc_version, tensor_map
-from kernels.launch import capability, compile_in_rehearsal, dependent_launch, num_multiprocessors
+from kernels.cuda_source import CudaKernel, tensor_map
+from kernels.hopper import DEPTH, FIRST_OUT, KEPT, SHARED_BYTES, kernel_text
+from kernels.launch import compile_in_rehearsal, dependent_launch, num_multiprocessors
 
-DEPTH = 64
-"""Of K a stage."""
-SHARED_BYTES = 227 * 1024
 MAX_TILES = 4096
 LEAST_GATED_SHARE, LEAST_SHARE = 0.6, 0.35
 """Of the matrix units' time that a product must use, by the estimate of `_cycles`, to be worth it."""
 LONG_K = 8192
-# Cache policies of the bulk copies: keep as usual, or give up first what is read once.
-_NORMAL, _FIRST_OUT = 0x1000000000000000, 0x12F0000000000000
 
 
 @dataclass(frozen=True)
@@ -76,24 +71,7 @@ class Tile:
             "GROUPS": self.groups, "WIDTH": self.width, "PARTS": self.parts, "STAGES": self.stages,
             "CM": self.cluster_m, "CN": self.cluster_n, "GATED": int(self.gated), "HALF": int(self.half),
         }  # fmt: skip
-        macros = "".join(f"#define {name} {value}\n" for name, value in values.items())
-        text = Path(__file__).with_name("linear_hopper.cu").read_text(encoding="utf-8")
-        return macros + _wgmma(self.width // self.parts, self.half) + text
-
-
-def _wgmma(width: int, half: bool) -> str:
-    """A device function: d [64, width] of a warpgroup plus or equals a [64, 16] times b [width, 16] transposed."""
-    count = width // 2
-    registers = ", ".join(f"%{i}" for i in range(count))
-    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    kind = "f16" if half else "bf16"
-    return f"""
-__device__ __forceinline__ void wgmma(float* d, unsigned long long a, unsigned long long b, int add) {{
-  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
-    "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind} {{{registers}}}, %{count}, %{count + 1}, "
-    "p, 1, 1, 0, 0;\\n}}" : {operands} : "l"(a), "l"(b), "r"(add));
-}}
-"""
+        return kernel_text("linear_hopper", values, self.width // self.parts)
 
 
 @cache
@@ -177,20 +155,12 @@ class HopperConfig:
             ctypes.c_longlong(columns),
             ctypes.c_longlong(residual.stride(0) if residual is not None else 0),
             *(integer(value) for value in (rows, columns, steps, tiles_m, tiles_n, splits)),
-            ctypes.c_uint64(_NORMAL),
-            ctypes.c_uint64(_FIRST_OUT if tiles_m == 1 else _NORMAL),
+            ctypes.c_uint64(KEPT),
+            ctypes.c_uint64(FIRST_OUT if tiles_m == 1 else KEPT),
         ]
         blocks = min(items, clusters) * kernel.cluster
         kernel.launch(x.device, blocks, arguments, dependent=bool(dependent_launch(x)["PDL"]))
         return out
-
-
-@cache
-def why_not(device: torch.device) -> str | None:
-    """Why this device cannot run the kernel; None where it can."""
-    if capability(device) != (9, 0):
-        return "the Hopper kernel is for compute capability 9.0"
-    return None if nvrtc_version() >= (12, 4) else "libnvrtc 12.4 or later was not found"
 
 
 # Blocks: groups, and how a cluster's lie along rows and columns. More rows than 192 share what they load of weights.

@@ -27,9 +27,9 @@ from torch import Tensor
 from kernels import (
     activation,
     embedding,
+    hopper,
     kv_cache,
     linear,
-    linear_hopper,
     paged_attention,
     registry,
     rms_norm,
@@ -167,7 +167,7 @@ def linear_cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
 
 def hopper_cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
     """Products on Hopper's matrix units: tiles, splits and what comes after, at sizes that fill no tile, strided."""
-    if dtype == torch.float32 or linear_hopper.why_not(torch.device("cuda", 0)) is not None:
+    if dtype == torch.float32 or hopper.why_not(torch.device("cuda", 0)) is not None:
         return
     blocks = ((1, 96, 1, 2), (2, 224, 2, 1), (3, 256, 2, 1), (2, 128, 1, 2), (2, 256, 2, 2), (1, 160, 1, 1))
     sizes = ((200, 1000, 1032),) if small else ((1, 8, 8), (65, 520, 200), (257, 1000, 1032), (700, 4104, 4096))

@@ -132,10 +132,10 @@ PLAIN: dict[str, list[str]] = {
     "attention": ["paged_decode"],
     "attention, rotary": ["paged_decode", "kv_cache"],
     "norms, activation": ["rms_norm", "activation"],
-    "products": ["linear_stream", "linear_gemv", "linear_hopper"],
+    "products": ["linear_stream", "linear_gemv", "linear_few", "linear_hopper"],
     "everything": [
-        "paged_decode", "kv_cache", "rms_norm", "activation", "linear_stream", "linear_gemv", "linear_hopper",
-        "sampling_draw",
+        "paged_decode", "kv_cache", "rms_norm", "activation", "linear_stream", "linear_gemv", "linear_few",
+        "linear_hopper", "sampling_draw",
     ],
 }  # fmt: skip
 
@@ -143,9 +143,9 @@ PLAIN: dict[str, list[str]] = {
 def measure(step: Step, rows: int, context: int) -> None:
     """Time the step's variants, then its stages by leaving each out."""
     kinds = ["none", "add"]
-    if linear_config("linear_silu_and_mul", rows, 28672, 4096):
+    if linear_config("linear_silu_and_mul", rows, 28672, 4096, hopper=True):
         kinds.append("some")
-    if linear_config("norm_linear", rows, 6144, 4096):
+    if linear_config("norm_linear", rows, 6144, 4096, hopper=True):
         kinds.append("all")
     for fused in kinds:
         for label, names in PLAIN.items():

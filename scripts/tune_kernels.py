@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import paged_decode, paged_prefill
+from kernels import linear_few, paged_decode, paged_prefill
 from kernels.activation import silu_and_mul
 from kernels.launch import num_multiprocessors
 from kernels.linear_configs import Config, linear_config
+from kernels.linear_few import MAX_HEIGHT, FewConfig
 from kernels.linear_gemv import GemvConfig
 from kernels.linear_hopper import HopperConfig, Tile
 from kernels.linear_stream import LinearConfig
@@ -75,6 +76,20 @@ def hopper_candidates(rows: int, operation: str, columns: int, size: int) -> lis
     return found
 
 
+def few_candidates(rows: int, operation: str, columns: int, size: int) -> list[Config]:
+    """Cuts of a product with 2 to 64 rows that nearly fill the multiprocessors once or twice, or many times."""
+    gated, norm = "silu" in operation, operation.startswith("norm")
+    multiprocessors = num_multiprocessors(torch.device("cuda", 0))
+    found: list[Config] = []
+    for splits, height in itertools.product((1, 2, 4, 8), range(16, MAX_HEIGHT + 1, 16)):
+        waves = -(-columns // height) * splits / multiprocessors
+        full = waves > 3 if columns > 64 * multiprocessors * 4 else waves / -(-waves // 1) > 0.9 and waves <= 2
+        config = FewConfig(height, splits)
+        if full and splits <= size // 256 and config.tile(rows, gated=gated, norm=norm, half=False).fits:
+            found.append(config)
+    return found
+
+
 def candidates(rows: int, operation: str, columns: int, size: int) -> list[Config]:
     """Configs worth trying for this many rows: (BN, BK, warps, stages, programs a multiprocessor, swap)."""
     gated = "silu" in operation
@@ -87,8 +102,9 @@ def candidates(rows: int, operation: str, columns: int, size: int) -> list[Confi
         ]  # fmt: skip
         tiles = [16]
     else:
-        return hopper_candidates(rows, operation, columns, size)
-    out: list[Config] = []
+        hopper = [] if operation.startswith("norm") else hopper_candidates(rows, operation, columns, size)
+        return hopper + (few_candidates(rows, operation, columns, size) if rows <= linear_few.MAX_ROWS else [])
+    out: list[Config] = few_candidates(rows, operation, columns, size) if rows > 1 else []
     if rows == 1:
         out += [GemvConfig(bn, bk, warps) for bn, bk, warps in GEMV if not (gated and bn * bk > 8192)]
     for (bn, bk, warps, stages, programs, swap), bm in itertools.product(table, tiles):
@@ -177,7 +193,7 @@ def tune_products(names: list[str], rows: list[int], workers: int, bandwidth: fl
         for name in names
         for m in rows
         for columns, size, operation in [PRODUCTS[name]]
-        if not (operation.startswith("norm") and m > 16) and not (name == "head" and m not in (1, 256))
+        if not (operation.startswith("norm") and m > linear_few.MAX_ROWS) and not (name == "head" and 64 < m < 256)
         for config in candidates(m, operation, columns, size)
     ]
     start = time.time()
@@ -225,7 +241,7 @@ def sustain_products(names: list[str], rows: list[int]) -> list[dict[str, Any]]:
     found = []
     for name, m in itertools.product(names, rows):
         columns, size, operation = PRODUCTS[name]
-        config = linear_config(operation, m, columns, size, num_multiprocessors(torch.device("cuda", 0)))
+        config = linear_config(operation, m, columns, size, num_multiprocessors(torch.device("cuda", 0)), hopper=True)
         if config is None:
             continue
         weights, inputs = make_product(name, m, max(2, min(8, (500 << 20) // (columns * size * 2))))

@@ -1,23 +1,86 @@
-"""Hopper products, as far as no GPU is needed: tiles that fit the chip, and which one is chosen where."""
+"""Hopper products: the kernel's text run on the CPU, tiles that fit the chip, and which one is chosen where."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kernels import cuda_source, launch, linear
+from kernels.hopper import SHARED_BYTES, why_not
 from kernels.launch import Chip, rehearse_on
 from kernels.linear_configs import linear_config
-from kernels.linear_hopper import SHARED_BYTES, HopperConfig, Tile, choose, tile_kernel, why_not
+from kernels.linear_hopper import HopperConfig, Tile, choose, tile_kernel
+from tests.kernels.hopper_on_cpu import needs_compiler, pointer, run, tensor_map
 
 LLAMA_8B = {"gate_up": (28672, 4096), "qkv": (6144, 4096), "out": (4096, 4096), "down": (4096, 14336)}
 TILES = [
     Tile(groups, width, *cluster, gated)
     for groups, width, cluster, gated in product((1, 2, 3), range(96, 257, 16), ((2, 1), (1, 2), (1, 1)), (False, True))
 ]
+
+
+PARAMETERS = (
+    "TensorMap*, TensorMap*, half_bits*, half_bits*, half_bits*, float4*, u32*, long long, long long, int, int, int, "
+    "int, int, int, u64, u64"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("config", "rows", "columns", "size", "gated"),
+    [
+        (HopperConfig(2, 96, 2, 1), 200, 104, 136, True),
+        (HopperConfig(3, 64, 1, 2, 2), 150, 200, 264, False),
+        (HopperConfig(1, 128, 1, 2, 4), 40, 520, 320, False),
+        (HopperConfig(2, 64, 2, 2), 300, 136, 200, False),
+    ],
+    ids=str,
+)
+def test_the_kernel_run_on_a_cpu(
+    config: HopperConfig, rows: int, columns: int, size: int, gated: bool, tmp_path: Path
+) -> None:  # fmt: skip
+    """With fewer clusters than tiles, so that some take several; bound: bfloat16's rounding of the result."""
+    torch.manual_seed(0)
+    tile = config.tile(gated=gated, half=False)
+    x = torch.randn(rows, size).bfloat16()
+    weight = (torch.randn(columns * (2 if gated else 1), size) / size**0.5).bfloat16()
+    bias, residual = (None, None) if gated else (torch.randn(columns).bfloat16(), torch.randn(rows, columns).bfloat16())
+    out = torch.full((rows + 1, columns), -7.0).bfloat16()
+    tiles_m, tiles_n, steps = -(-rows // tile.rows), -(-columns // tile.columns), -(-size // 64)
+    clusters = tiles_m * tiles_n * config.splits
+    if config.splits == 1:
+        clusters = max(1, clusters - 1)
+    partial = torch.empty(clusters * tile.rows * tile.columns + 1)
+    arrived = torch.zeros(64, dtype=torch.int32)
+    number, integer = ctypes.c_longlong, ctypes.c_int
+    run(
+        tmp_path, tile.source(), "product", PARAMETERS,
+        [
+            tensor_map(x, 64 * config.groups // config.cluster_n),
+            tensor_map(weight, config.width if config.cluster_m == 1 and not gated else config.width // 2),
+            pointer(out), pointer(bias), pointer(residual), pointer(partial), pointer(arrived), number(columns),
+            number(columns), *(integer(value) for value in (rows, columns, steps, tiles_m, tiles_n, config.splits)),
+            number(0), number(0),
+        ],
+        grid=clusters * tile.cluster_m * tile.cluster_n, cluster=tile.cluster_m * tile.cluster_n,
+        threads=128 * (tile.groups + 1),
+    )  # fmt: skip
+    expected = x.float() @ weight.float().T
+    if gated:
+        expected = F.silu(expected[:, :columns]) * expected[:, columns:]
+    else:
+        expected = expected + bias.float() + residual.float()
+    found = out[:-1].float()
+    assert (found - expected).norm() / expected.norm() < 4e-3
+    torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
+    assert (out[-1] == -7).all(), "the row behind the last was written to"
+    assert not arrived.any(), "counters are zero between launches"
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

@@ -1,0 +1,48 @@
+"""What the CUDA C++ kernels for Hopper (compute capability 9.0) have in common: their text and the chip's limits."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from kernels.cuda_source import nvrtc_version
+from kernels.launch import capability
+
+DEPTH = 64
+"""Of K a stage: 128 bytes, the width of the swizzle."""
+SHARED_BYTES = 227 * 1024
+"""Of shared memory a block can have."""
+# Cache policies of the bulk copies: keep as usual, or give up first what is read once.
+KEPT, FIRST_OUT = 0x1000000000000000, 0x12F0000000000000
+
+
+def kernel_text(name: str, values: dict[str, int], width: int) -> str:
+    """The whole source of `name`.cu, compiled with these macros (HALF among them) and wgmma() of `width` columns."""
+    macros = "".join(f"#define {macro} {value}\n" for macro, value in values.items())
+    texts = [Path(__file__).with_name(f"{file}.cu").read_text(encoding="utf-8") for file in ("hopper", name)]
+    return macros + _wgmma(width, bool(values["HALF"])) + "".join(texts)
+
+
+def _wgmma(width: int, half: bool) -> str:
+    """A device function: d [64, width] of a warpgroup plus or equals a [64, 16] times b [width, 16] transposed."""
+    count = width // 2
+    registers = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    kind = "f16" if half else "bf16"
+    return f"""
+__device__ __forceinline__ void wgmma(float* d, unsigned long long a, unsigned long long b, int add) {{
+  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
+    "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind} {{{registers}}}, %{count}, %{count + 1}, "
+    "p, 1, 1, 0, 0;\\n}}" : {operands} : "l"(a), "l"(b), "r"(add));
+}}
+"""
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """Why this device cannot run the kernels; None where it can."""
+    if capability(device) != (9, 0):
+        return "the Hopper kernel is for compute capability 9.0"
+    return None if nvrtc_version() >= (12, 4) else "libnvrtc 12.4 or later was not found"
