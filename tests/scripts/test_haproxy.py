@@ -130,7 +130,7 @@ def until(what: Any, timeout_s: float = 20.0) -> None:
 
 
 @pytest.mark.parametrize("kept_alive", [False, True])
-@pytest.mark.parametrize("size", [100, 40_000])
+@pytest.mark.parametrize("size", [100, 40_000, 250 * 1024])
 def test_a_request_is_answered_by_another_replica(site: Any, kept_alive: bool, size: int) -> None:
     """Its own has died with it, before a word."""
     url, one, two, _ = site
