@@ -10,7 +10,6 @@ steps in flight, and what those draw for it is thrown away. Lengths are known be
 from __future__ import annotations
 
 import time
-from array import array
 from collections import deque
 from concurrent.futures import Future
 
@@ -20,19 +19,19 @@ import numpy as np
 from engine.beam_requests import BeamRequests
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
-from engine.draft import RowArray, ScheduledStep
+from engine.draft import ScheduledStep
+from engine.draws import Draws
 from engine.errors import ExecutorDied, RequestError
 from engine.executor import CacheCapacity, Executor
 from engine.grammar import GrammarCompiler
 from engine.limits import Limits
 from engine.masking import Masking
 from engine.metrics import EngineMetrics, EngineStats
-from engine.request import Request, SequenceOutput, TokenLogprobs
+from engine.request import Request, SequenceOutput
 from engine.scheduler import Scheduler
 from engine.sequence import Group, Sequence, Status
-from engine.step import SampledLogprobs, StepResult, unpack
-
-Logprobs = dict[int, TokenLogprobs]
+from engine.step import StepResult, unpack
+from engine.stop_conditions import StopConditions
 
 
 class LLMEngine:
@@ -47,8 +46,6 @@ class LLMEngine:
     ) -> None:
         self.config, self.executor, self.vocab_size = config, executor, vocab_size
         self.metrics = EngineMetrics()
-        self._is_eos = np.zeros(vocab_size, np.bool_)
-        self._is_eos[[token for token in eos_token_ids if token < vocab_size]] = True
         self._eos_token_ids = eos_token_ids
         self._groups: dict[str, Group] = {}
         self._in_flight: deque[tuple[ScheduledStep | None, Future[StepResult]]] = deque()
@@ -68,6 +65,7 @@ class LLMEngine:
         capacity = self.executor.start()
         self.blocks = BlockManager(capacity.num_blocks, capacity.block_size, caching=self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, self.blocks)
+        self._stops = StopConditions(self.vocab_size, self._eos_token_ids, self.scheduler.table)
         self._beams = BeamRequests(self.scheduler, self.vocab_size, self._eos_token_ids, self._new_id)
         self._limits = Limits(self.config, self.vocab_size, capacity.num_blocks, capacity.block_size)
         return capacity
@@ -106,7 +104,7 @@ class LLMEngine:
         self.metrics.prompt_tokens += request.num_prompt_tokens
         self.scheduler.enqueue(group, list(group.sequences.values()))
         for sequence in list(group.sequences.values()):
-            if sequence.num_output_tokens and (ended := self._ended(sequence, sequence.tokens[-1])):
+            if sequence.num_output_tokens and (ended := self._stops.ended(sequence, sequence.tokens[-1])):
                 self._ready.append(self._last_output(sequence, *ended))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -278,73 +276,45 @@ class LLMEngine:
 
     def _read(self, scheduled: ScheduledStep, result: StepResult) -> list[SequenceOutput]:
         """Append the tokens of a step to their sequences and end those that have stopped."""
-        table, samples, rows = self.scheduler.table, scheduled.samples, scheduled.rows
-        tokens = unpack(result.token_ids)
+        table, metrics = self.scheduler.table, self.metrics
         for part in result.prompt_logprobs:
             if (group := self._listeners.get(part.seq_id)) is not None:
                 group.gather(part)
-        alive = table.seq_id[rows] == scheduled.seq_ids
-        entries, num_beams = self._beams.read(scheduled, result.logprobs, alive) if result.logprobs else ([], 0)
-        logprobs: Logprobs = {entry.sample: _token_logprobs(entry) for entry in entries}
-        self.metrics.generated_tokens += num_beams
-        if not alive.all():
-            keep = np.flatnonzero(alive)
-            self.metrics.surplus_tokens += len(rows) - len(keep) - num_beams
-            rows, tokens = rows[keep], tokens[keep]
-            indices = keep.tolist()
-            samples = [samples[index] for index in indices]
-            if logprobs:
-                logprobs = {new: logprobs[old] for new, old in enumerate(indices) if old in logprobs}
-        if not samples:
+        alive = table.seq_id[scheduled.rows] == scheduled.seq_ids
+        logprobs, num_beams = self._beams.read(scheduled, result.logprobs, alive) if result.logprobs else ([], 0)
+        draws = Draws(scheduled, result, alive, table)
+        metrics.generated_tokens += num_beams
+        metrics.surplus_tokens += draws.num_lost - num_beams
+        if not draws.samples:
             return []
-        known = table.known[rows]
-        table.known[rows] = known + 1
-        drawn = tokens.tolist()
-        for sequence, token in zip(samples, drawn):
-            sequence.tokens.append(token)
-        outputs = [SequenceOutput(s.request_id, s.index, [token]) for s, token in zip(samples, drawn)]
-        for index, entry in logprobs.items():
-            outputs[index].logprobs = [entry]
-        num_pooled = _take_vectors(scheduled, result, samples, outputs) if result.pooled else 0
-        self.metrics.generated_tokens += len(samples) - num_pooled
-        self._note_token_times(samples, rows, outputs)
-        if self.blocks.caching:
-            for index in np.flatnonzero(known % self.blocks.block_size == 0).tolist():
-                sequence = samples[index]
-                if sequence.status is Status.RUNNING:
-                    self.blocks.register(sequence, int(known[index]))
-        matched = self._masking.read(samples, drawn)
-        ends = self._is_eos[tokens] & table.heeds_eos[rows]
-        choosy = table.has_stop_ids[rows]
-        if choosy.any():
-            stops = [index for index in np.flatnonzero(choosy).tolist() if drawn[index] in samples[index].stop_ids]
-            ends[stops] = True
-        ends = (ends & (known >= table.stop_from[rows])) | (known + 1 >= table.limit[rows])
-        if ends.any():
-            for index in np.flatnonzero(ends).tolist():
-                sequence = samples[index]
-                if ended := self._ended(sequence, drawn[index]):
-                    outputs[index].finish_reason, outputs[index].stop_reason = ended
-                    self._end(sequence, ended[0])
+        outputs = draws.take(table, logprobs)
+        metrics.generated_tokens += len(outputs) - draws.num_vectors
+        self._note_token_times(draws, outputs)
+        self._register(draws)
+        self._end_stopped(draws, outputs)
+        return outputs
+
+    def _register(self, draws: Draws) -> None:
+        """Let the prefix cache know the blocks that are full now that their last token is."""
+        if not self.blocks.caching:
+            return
+        for index in np.flatnonzero(draws.known % self.blocks.block_size == 0).tolist():
+            sequence = draws.samples[index]
+            if sequence.status is Status.RUNNING:
+                self.blocks.register(sequence, int(draws.known[index]))
+
+    def _end_stopped(self, draws: Draws, outputs: list[SequenceOutput]) -> None:
+        """End those whose draw, or whose grammar, says so; their outputs tell why."""
+        matched = self._masking.read(draws.samples, draws.token_ids)
+        for index, (reason, stop) in self._stops.ends(draws):
+            outputs[index].finish_reason, outputs[index].stop_reason = reason, stop
+            self._end(draws.samples[index], reason)
         for index, error in matched.items():
             output = outputs[index]
             if output.finish_reason is None:
                 output.finish_reason, output.error = "stop" if error is None else "error", error
                 output.matched = error is None
-                self._end(samples[index], output.finish_reason)
-        return outputs
-
-    def _ended(self, sequence: Sequence, last: int) -> tuple[str, int | None] | None:
-        """Whether a sequence ends with its `last` token: finish reason and stop reason."""
-        params = sequence.group.request.params
-        if sequence.group.request.pooling is not None:
-            return "stop", None
-        if sequence.num_output_tokens > params.min_tokens:
-            if self._is_eos[last] and not params.ignore_eos:
-                return "stop", None
-            if last in params.stop_token_ids:
-                return "stop", last
-        return ("length", None) if sequence.num_tokens >= self.scheduler.table.limit[sequence.row] else None
+                self._end(draws.samples[index], output.finish_reason)
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         self.metrics.finished[reason] += 1
@@ -403,15 +373,15 @@ class LLMEngine:
             if new.params.prompt_logprobs is not None:
                 self._listeners[new.seq_id] = group
 
-    def _note_token_times(self, samples: list[Sequence], rows: RowArray, outputs: list[SequenceOutput]) -> None:
+    def _note_token_times(self, draws: Draws, outputs: list[SequenceOutput]) -> None:
         """Measure the gaps between tokens, and put what is told once on first tokens."""
         table, now = self.scheduler.table, time.perf_counter()
-        gaps = now - table.last_token_s[rows]
-        table.last_token_s[rows] = now
+        gaps = now - table.last_token_s[draws.rows]
+        table.last_token_s[draws.rows] = now
         first = np.isnan(gaps)
         if first.any():
             for index in np.flatnonzero(first).tolist():
-                sequence, output = samples[index], outputs[index]
+                sequence, output = draws.samples[index], outputs[index]
                 self.metrics.first_token_s.observe(now - sequence.group.accepted_s)
                 output.num_cached_tokens = sequence.num_cached
                 if sequence.wants_prompt_logprobs:
@@ -419,21 +389,3 @@ class LLMEngine:
                     self._listeners.pop(sequence.seq_id, None)
             gaps = gaps[~first]
         self.metrics.token_gap_s.observe_many(gaps)
-
-
-def _take_vectors(
-    scheduled: ScheduledStep, result: StepResult, samples: list[Sequence], outputs: list[SequenceOutput]
-) -> int:
-    """Give the outputs of embedded prompts their vectors instead of their tokens; how many there are."""
-    vectors = {scheduled.samples[part.sample].seq_id: part.vector for part in result.pooled}
-    count = 0
-    for sequence, output in zip(samples, outputs):
-        if (vector := vectors.get(sequence.seq_id)) is not None:
-            output.embedding, output.token_ids = vector, []
-            count += 1
-    return count
-
-
-def _token_logprobs(entry: SampledLogprobs) -> TokenLogprobs:
-    top_ids, top_logprobs = array("i", entry.top_ids).tolist(), array("f", entry.top_logprobs).tolist()
-    return TokenLogprobs(entry.logprob, entry.rank, top_ids, top_logprobs)
