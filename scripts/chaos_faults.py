@@ -112,7 +112,14 @@ class Faults:
         head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\nx-manta-tenant: flood\r\nconnection: close\r\n"
         request = f"{head}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
         total = self.flood_total
-        for answer in await asyncio.gather(*[_answer(host, request) for _ in range(FLOOD_REQUESTS)]):
+        drivers = self.site.processes("driver")
+        for driver in drivers:
+            driver.suspend()  # a quick one might keep up with the flood
+        asked = [asyncio.ensure_future(_answer(host, request)) for _ in range(FLOOD_REQUESTS)]
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)  # refused: nobody else is answered
+        for driver in drivers:
+            driver.resume()
+        for answer in await asyncio.gather(*asked):
             accepted = b" 200 " in answer[:20]
             refused = b" 429 " in answer[:20] and b"\r\nretry-after:" in answer.lower()
             total.accepted += accepted

@@ -89,7 +89,7 @@ class Engine:
         self._model_config = ModelConfig.load(config)
         self.config = resolve(config, self._model_config)
         self._group = ray.util.placement_group(bundles(self.config))
-        self.driver = self._start()
+        self._start()
 
     def ranks(self) -> list[int]:
         return [facts.pid for facts in ray.get(self.driver.rank_facts.remote())]
@@ -97,20 +97,20 @@ class Engine:
     def stop(self) -> None:
         stop_driver(self.driver)
 
-    async def strike(self, fault: str, streams: Streams) -> None:
-        """Do what `fault` says to the last rank, or to the driver, and then what a replica does."""
+    async def strike(self, fault: str, rank: int, streams: Streams) -> None:
+        """Do what `fault` says to a rank's process or to the driver's, at once, and then what a replica does."""
         if fault != "driver killed":
-            os.kill(self.ranks()[-1], signal.SIGKILL if fault == "rank killed" else signal.SIGSTOP)
+            os.kill(rank, signal.SIGKILL if fault == "rank killed" else signal.SIGSTOP)
             return
-        _, pid = ray.get(self.driver.pid.remote())
-        os.kill(pid, signal.SIGKILL)
+        os.kill(self._pid, signal.SIGKILL)
         await streams.lost.wait()
         await asyncio.to_thread(self.stop)
-        self.driver = await asyncio.to_thread(self._start)
+        await asyncio.to_thread(self._start)
         await streams.join(self.driver)
 
-    def _start(self) -> Any:
-        return start_driver(self.config, self._model_config, name="pauses", placement_group=self._group)
+    def _start(self) -> None:
+        self.driver = start_driver(self.config, self._model_config, name="pauses", placement_group=self._group)
+        _, self._pid = ray.get(self.driver.pid.remote())
 
 
 def requests_of(max_tokens: int) -> list[Request]:
@@ -132,7 +132,7 @@ async def measure(engine: Engine, faults: list[str], max_tokens: int, settle_s: 
         await streams.join(engine.driver)
         await streams.until(lambda: all(len(tokens) > 20 for tokens in streams.tokens.values()))  # noqa: B023
         if fault:
-            await engine.strike(fault, streams)
+            await engine.strike(fault, before[-1], streams)
         await streams.until(lambda: not streams.open)  # noqa: B023
         await streams.leave()
         expected = expected or streams.tokens

@@ -22,7 +22,7 @@ from tqdm import tqdm
 STOP = " = "
 SAMPLED_TOKENS = 24
 ABANDON_EVERY = 16
-DRAIN_S = 10.0
+DRAIN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ async def soak(url: str, streams: int, seconds: float) -> tuple[Totals, dict[str
     totals = Totals()
     todo = jobs(3 * 8)
     limits = httpx.Limits(max_connections=streams + 2, max_keepalive_connections=streams + 2)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=200, limits=limits) as client:
         expected = []
         for job in tqdm(todo, desc="one at a time", leave=False):
             answer = await ask(client, job)
