@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -39,13 +39,19 @@ class ModelHandle:
         When no try is left, it raises what ended the last one.
         """
         params = _seeded(params)
-        for left in reversed(range(self._tries)):
-            try:
-                answer: str | list[str] = await self._handle.remote(prompt, **params)
-                return answer
-            except LOST as error:
-                await self._pause(error, left)
-        raise AssertionError("unreachable")
+        answer: str | list[str] = await self._ask(lambda: self._handle.remote(prompt, **params))
+        return answer
+
+    async def embed(
+        self, prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]], /, **options: Any
+    ) -> list[float] | list[list[float]]:
+        """Each prompt as a vector of length 1; a single text, or a single list of token ids, as one vector.
+
+        options are those of `LLMServer.embed`. Raises as `generate`.
+        """
+        call = self._handle.embed
+        vectors: list[float] | list[list[float]] = await self._ask(lambda: call.remote(prompts, **options))
+        return vectors
 
     async def stream(self, prompt: Prompt, /, **params: Any) -> AsyncGenerator[str, None]:
         """The text that follows `prompt`, in pieces. Raises as `generate`, and RequestFailed when another replica
@@ -66,6 +72,15 @@ class ModelHandle:
                 return
             except LOST as error:
                 await self._pause(error, left)
+
+    async def _ask(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """What `call` gives, made again when its replica is lost. Raises what ended the last try."""
+        for left in reversed(range(self._tries)):
+            try:
+                return await call()
+            except LOST as error:
+                await self._pause(error, left)
+        raise AssertionError("unreachable")
 
     async def _pause(self, error: Exception, tries_left: int) -> None:
         """Wait as long as the loss says, if it does; raise it when it was the last."""

@@ -155,12 +155,14 @@ def deploy(site: Site, replicas: int = 2, **changes: Any) -> None:
 
 
 HANDLES = f"""
-import asyncio, sys
+import asyncio
+import numpy as np
 from ray import serve
 from ray.exceptions import RayActorError
 from deployments.handle import ModelHandle
 
 params = dict(temperature=1.0, seed=3, ignore_eos=True, max_tokens={TOKENS * 3})
+texts = [f"Count to {{n}}: " * 40 for n in range(40)]
 plain, model = serve.get_app_handle("tiny").options(stream=True), ModelHandle("tiny")
 
 async def one(stream):
@@ -168,9 +170,11 @@ async def one(stream):
 
 async def main():
     want = await one(plain.remote("Count:", **params))
+    vectors = np.array(await model.embed(texts))
     tasks = [asyncio.ensure_future(one(plain.remote("Count:", **params))) for _ in range(4)]
     tasks += [asyncio.ensure_future(one(model.stream("Count:", **params))) for _ in range(4)]
     wholes = [asyncio.ensure_future(model.generate("Count:", **params)) for _ in range(4)]
+    embedded = [asyncio.ensure_future(model.embed(texts)) for _ in range(4)]
     await asyncio.sleep(0.3)
     print("running", flush=True)
     ended = await asyncio.gather(*tasks, *wholes, return_exceptions=True)
@@ -178,6 +182,9 @@ async def main():
         assert result == want or isinstance(result, RayActorError), result
     print("lost", sum(isinstance(result, RayActorError) for result in ended[:4]))
     assert ended[4:] == [want] * 8, ended[4:]
+    for again in embedded:
+        np.testing.assert_allclose(await again, vectors, atol=1e-5)
+    assert len(await model.embed("Count:", dimensions=8)) == 8
     print("fine")
 
 asyncio.run(main())
@@ -185,7 +192,7 @@ asyncio.run(main())
 
 
 def test_a_killed_replica(site: Site, expected: list[dict[int, str]]) -> None:
-    """The others serve on; its streams end with an error event, whole answers come from elsewhere, handles are told."""
+    """The others serve on; its streams end with an error event, answers come from elsewhere, plain handles are told."""
     before = replicas(site)
     assert len(before) == 2
     with Streams(site, expected) as load:
