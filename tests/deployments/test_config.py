@@ -157,7 +157,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_run_refuses_a_bad_file_at_once() -> None:
     """Before Ray is even imported."""
     command = [sys.executable, "-m", "scripts.run", "configs/tiny.yaml", "tensor_parallel_size=3"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 2
     assert done.stderr.strip() == (
         "error: configs/tiny.yaml: applications[0].args.tensor_parallel_size: 3: "

@@ -118,7 +118,7 @@ def test_time_a_token_does_not_grow(tokenizer: Tokenizer) -> None:
     words = tokenizer.encode("the sea is deep, ", add_special_tokens=False)
     for stream in (words * 2_000, [eos] * 20_000, [loose] * 20_000):
         detokenizer = IncrementalDetokenizer(tokenizer)
-        start = time.perf_counter()
+        start = time.thread_time()
         for token_id in stream:
             detokenizer.push([token_id])
-        assert time.perf_counter() - start < 5, "20,000 tokens: quadratic work would take minutes"
+        assert time.thread_time() - start < 20, "20,000 tokens: quadratic work would take minutes"

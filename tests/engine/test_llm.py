@@ -363,7 +363,7 @@ def test_one_rank_never_imports_ray() -> None:
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, timeout=120, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, timeout=250, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert "Processed prompts: 100%" in done.stderr.decode()
 

@@ -48,7 +48,7 @@ def plans(epoch: int, count: int) -> list[StepPlan]:
 def tokens(executor: LocalExecutor, epoch: int, count: int = 8) -> list[int]:
     """All plans submitted before any is read."""
     futures = [executor.submit(plan) for plan in plans(epoch, count)]
-    results = [future.result(timeout=60) for future in futures]
+    results = [future.result(timeout=250) for future in futures]
     assert [(result.epoch, result.step) for result in results] == [(epoch, step) for step in range(count)]
     return [int(unpack(result.token_ids)[0]) for result in results]
 
@@ -65,7 +65,7 @@ def test_a_fault_fails_all_that_follows_until_a_restart(executor: LocalExecutor)
     later = executor.submit(StepPlan(0, 9))
     for future in (bad, later):
         with pytest.raises(ExecutorDied, match="sequence 5"):
-            future.result(timeout=60)
+            future.result(timeout=250)
     with pytest.raises(ExecutorDied, match="sequence 5"):
         executor.check()
     assert executor.restart().num_blocks == 64
@@ -76,14 +76,14 @@ def test_a_fault_fails_all_that_follows_until_a_restart(executor: LocalExecutor)
 def test_an_unexpected_error_is_told_with_its_cause(executor: LocalExecutor) -> None:
     plan = plans(0, 1)[0]
     plan.sample_entries = pack([3])
-    error = executor.submit(plan).exception(timeout=60)
+    error = executor.submit(plan).exception(timeout=250)
     assert isinstance(error, ExecutorDied) and error.ranks == (0,) and isinstance(error.__cause__, IndexError)
 
 
 def test_plans_of_an_older_epoch_are_refused(executor: LocalExecutor) -> None:
     executor.restart()
     with pytest.raises(ExecutorDied, match="of epoch 0"):
-        executor.submit(plans(0, 1)[0]).result(timeout=60)
+        executor.submit(plans(0, 1)[0]).result(timeout=250)
 
 
 def test_shutdown_ends_it(folder: Path) -> None:
@@ -92,7 +92,7 @@ def test_shutdown_ends_it(folder: Path) -> None:
     executor.shutdown()
     executor.shutdown()
     with pytest.raises(ExecutorDied):
-        executor.submit(StepPlan(0, 0)).result(timeout=60)
+        executor.submit(StepPlan(0, 0)).result(timeout=250)
     with pytest.raises(ExecutorDied, match="shut down"):
         executor.check()
 

@@ -61,7 +61,7 @@ def test_the_text_after_a_stop_string_is_dropped(include: bool, text: str) -> No
 
 def test_the_worst_stop_strings_take_linear_time() -> None:
     stops = tuple("a" * n + "b" for n in range(64, 128))
-    matcher, start = StopMatcher(stops), time.perf_counter()
+    matcher, start = StopMatcher(stops), time.thread_time()
     for _ in range(2_000):
         matcher.push("aaaa")
-    assert time.perf_counter() - start < 10
+    assert time.thread_time() - start < 10

@@ -289,4 +289,4 @@ def test_importing_engine_is_light() -> None:
         "import engine.tokenizer, engine.output;"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250, cwd=Path(__file__).parents[2])

@@ -27,4 +27,4 @@ def test_looking_a_model_up_imports_no_torch() -> None:
     code = (
         "import sys, engine.models.registry as r; r.find_model('LlamaForCausalLM'); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
