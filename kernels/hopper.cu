@@ -113,6 +113,17 @@ template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
+// Nothing that reads or writes these registers moves across: around products that are under way.
+template <int N> __device__ __forceinline__ void hold(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+template <int N> __device__ __forceinline__ void hold(u32 (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
+}
+
 // Programmatic dependent launch (kernels/launch.py): the next kernel may start; the one before has ended.
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
@@ -139,6 +150,12 @@ __device__ __forceinline__ u32 arrivals(const u32* counter) {
   return count;
 }
 
+__device__ __forceinline__ float power_of_two(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 // Shared memory of [rows, 64] in 128-byte swizzle, K contiguous: 8 rows are 1,024 bytes.
 __device__ __forceinline__ u64 matrix_descriptor(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
@@ -146,6 +163,11 @@ __device__ __forceinline__ u64 matrix_descriptor(u32 address) {
 
 __device__ __forceinline__ void named_sync(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// Arrive at what others meet at, and go on.
+__device__ __forceinline__ void named_arrive(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ u32 cluster_rank() {

@@ -1,5 +1,5 @@
 // Prefill attention over a paged K/V cache on Hopper's matrix units: kernels/prefill_hopper.py compiles and launches
-// this, and prefixes macros and the products of a warpgroup: wgmma(), with K, and wgmma_values().
+// this, with macros, wgmma() for tiles of K, wgmma_values() for tiles of V and hopper.cu in front:
 //
 //   D       head size, 64 or 128
 //   KEYS    keys of a tile
@@ -14,111 +14,6 @@
 // multiply. While a warpgroup's softmax of one tile is under way the matrix units have its product of the tile before
 // with V, and the other warpgroup's products: they take turns. As in FlashAttention-3, Shah et al. 2024.
 // Symbols: s scores, p probabilities, m running maximum (in powers of two), l running sum, o running output.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short half_bits;
-
-struct alignas(64) TensorMap { char bytes[128]; };
-
-__device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-template <typename T> __device__ __forceinline__ T* shared_pointer(u32 address) {
-  return (T*)__cvta_shared_to_generic(address);
-}
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_inits_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}"
-      ::"r"(bar), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 bar, int k, int row, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row), "l"(policy) : "memory");
-}
-
-// What this thread stored to shared memory is seen by the matrix units after the next barrier.
-__device__ __forceinline__ void stores_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void named_sync(int name, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void named_arrive(int name, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
-// Shared memory of [rows, 64] in 128-byte swizzle, K contiguous: 8 rows are 1,024 bytes.
-__device__ __forceinline__ u64 matrix_descriptor(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-template <int COUNT> __device__ __forceinline__ void fewer_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-
-template <int COUNT> __device__ __forceinline__ void more_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-__device__ __forceinline__ void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-
-// Nothing that reads or writes these registers moves across.
-template <int N> __device__ __forceinline__ void hold(float (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
-}
-
-template <int N> __device__ __forceinline__ void hold(u32 (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 out;
-#if HALF
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-#endif
-  return out;
-}
-
-__device__ __forceinline__ float power_of_two(float x) {
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
-}
-
-// ---- No PTX from here on.
 
 constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, ROWS = 64 * GROUPS;
 constexpr int PANELS = D / 64;  // tiles lie in shared memory in panels of 64 columns: 128 bytes, the swizzle's width
@@ -212,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
   wait_for_last();
 
   if (group == GROUPS) {
-    fewer_registers<24>();
+    leave_registers<24>();
     if (threadIdx.x < CONSUMERS + 32) {
       Schedule work{cu_seqlens_q, num_seqs, heads, 0, 0};
       Ring k{0, 1}, v{0, 1};
@@ -274,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
       }
     }
   } else {
-    more_registers<240>();
+    take_registers<240>();
     const int quad = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4;  // of the piece; and row + 8
 
     // Rows that are no sequence's.
@@ -329,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
 #pragma unroll
               for (int c = 0; c < 2; c++)
                 if (8 * e + c > seen || (WINDOW && 8 * e + c <= seen - window))
-                  s[4 * e + 2 * h + c] = __int_as_float(0xFF800000);  // -infinity
+                  s[4 * e + 2 * h + c] = __uint_as_float(0xFF800000);  // -infinity
           }
         }
 #pragma unroll

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels.cuda_source import CudaKernel, nvrtc_version, tensor_map
-from kernels.launch import capability, compile_in_rehearsal, dependent_launch, num_multiprocessors
+from kernels.cuda_source import CudaKernel, tensor_map
+from kernels.hopper import KEPT, SHARED_BYTES, kernel_text
+from kernels.hopper import why_not as why_not_device
+from kernels.launch import compile_in_rehearsal, dependent_launch, num_multiprocessors
 
 ENABLED = False
 """Whether the engine uses it."""
@@ -24,10 +25,7 @@ MIN_NEW_TOKENS = 65
 """Where every run of new tokens is shorter, the Triton kernel's smaller tiles waste less."""
 ROWS = 128
 """Queries of a piece of work."""
-SHARED_BYTES = 227 * 1024
 LOG2E = 1.4426950408889634
-KEPT = 0x1000000000000000
-"""The bulk copies' cache policy: as usual."""
 
 
 @dataclass(frozen=True)
@@ -75,42 +73,7 @@ class Variant:
             "D": self.head_dim, "KEYS": self.config.keys, "BLOCK": self.block_size, "STAGES": self.stages,
             "WINDOW": int(self.window), "TURNS": int(self.config.take_turns), "HALF": int(self.half),
         }  # fmt: skip
-        macros = "".join(f"#define {name} {value}\n" for name, value in values.items())
-        kind = "f16" if self.half else "bf16"
-        text = Path(__file__).with_name("prefill_hopper.cu").read_text(encoding="utf-8")
-        return macros + _wgmma(self.config.keys, kind) + _wgmma_values(self.head_dim, kind) + text
-
-
-def _accumulators(count: int) -> tuple[str, str]:
-    """Of an instruction: its first operands, and what they are."""
-    return ", ".join(f"%{i}" for i in range(count)), ", ".join(f'"+f"(d[{i}])' for i in range(count))
-
-
-def _wgmma(keys: int, kind: str) -> str:
-    """A device function: d [64, keys] of a warpgroup plus or equals a [64, 16] times b [keys, 16] transposed."""
-    n = keys // 2
-    registers, operands = _accumulators(n)
-    return f"""
-__device__ __forceinline__ void wgmma(float* d, unsigned long long a, unsigned long long b, int add) {{
-  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{n + 2}, 0;\\n"
-    "wgmma.mma_async.sync.aligned.m64n{keys}k16.f32.{kind}.{kind} {{{registers}}}, %{n}, %{n + 1}, p, 1, 1, 0, 0;\\n}}"
-    : {operands} : "l"(a), "l"(b), "r"(add));
-}}
-"""
-
-
-def _wgmma_values(head_dim: int, kind: str) -> str:
-    """A device function: d [64, head_dim] of a warpgroup plus a [64, 16] in registers times b [16, head_dim]."""
-    n = head_dim // 2
-    registers, operands = _accumulators(n)
-    return f"""
-__device__ __forceinline__ void wgmma_values(float* d, const unsigned int* a, unsigned long long b) {{
-  asm volatile("{{\\n.reg .pred p;\\nsetp.eq.b32 p, 0, 0;\\n"
-    "wgmma.mma_async.sync.aligned.m64n{head_dim}k16.f32.{kind}.{kind} {{{registers}}}, "
-    "{{%{n}, %{n + 1}, %{n + 2}, %{n + 3}}}, %{n + 4}, p, 1, 1, 1;\\n}}"
-    : {operands} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}}
-"""
+        return kernel_text("prefill_hopper", values, self.config.keys, self.head_dim)
 
 
 @cache
@@ -130,10 +93,6 @@ def _taken(device: torch.device) -> Tensor:
 def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, scale: float, softcap: float = 0.0) -> str | None:
     """Why the kernel cannot compute this; None where it can."""
     block_size, head_dim = k_cache.shape[1], q.shape[2]
-    if capability(q.device) != (9, 0):
-        return "the Hopper kernel is for compute capability 9.0"
-    if nvrtc_version() < (12, 4):
-        return "libnvrtc 12.4 or later was not found"
     if softcap > 0 or scale <= 0:
         return "soft-capped scores, or a scale that is not positive"
     if head_dim not in (64, 128) or block_size not in (8, 16, 32, 64, 128):
@@ -146,7 +105,7 @@ def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, scale: float, softca
         return "rows that do not start at multiples of 16 bytes"
     if k_cache.shape[0] * block_size >= 1 << 31:
         return "more slots than 32 bits count"
-    return None
+    return why_not_device(q.device)
 
 
 def chosen(

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import launch, paged_attention, prefill_hopper
+from kernels import hopper, launch, paged_attention, prefill_hopper
+from kernels.hopper import SHARED_BYTES
 from kernels.launch import Chip, rehearse_on
-from kernels.prefill_hopper import ROWS, SHARED_BYTES, HopperPrefillConfig, Variant, chosen, variant_kernel, why_not
+from kernels.prefill_hopper import ROWS, HopperPrefillConfig, Variant, chosen, variant_kernel, why_not
 
 VARIANTS = [
     Variant(head_dim, block_size, window, False, HopperPrefillConfig(keys))
@@ -26,9 +27,11 @@ def met(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(launch._Rehearsed, "chip", None)
     monkeypatch.setattr(launch._Rehearsed, "met", None)
     monkeypatch.setattr(prefill_hopper, "ENABLED", True)
-    monkeypatch.setattr(prefill_hopper, "nvrtc_version", lambda: (12, 8))
+    monkeypatch.setattr(hopper, "nvrtc_version", lambda: (12, 8))
+    hopper.why_not.cache_clear()
     rehearse_on(Chip((9, 0), 132), lambda *what: names.append(what[:2]))
     yield names  # type: ignore[misc]
+    hopper.why_not.cache_clear()
     launch.capability.cache_clear()
     launch.num_multiprocessors.cache_clear()
 
@@ -58,7 +61,8 @@ def test_the_source_says_its_variant() -> None:
     text = Variant(128, 16, True, True, HopperPrefillConfig(160)).source()
     assert "#define KEYS 160" in text and "#define WINDOW 1" in text and "#define BLOCK 16" in text
     assert "m64n160k16.f32.f16.f16" in text and "m64n128k16.f32.f16.f16" in text
-    assert len(re.findall(r'"\+f"\(d\[', text)) == 160 // 2 + 128 // 2
+    products = text.partition("typedef")[0]
+    assert len(re.findall(r'"\+f"\(d\[', products)) == 160 // 2 + 128 // 2
     with pytest.raises(AssertionError):
         Variant(128, 64, False, False, HopperPrefillConfig(160)).source()
 
@@ -79,7 +83,8 @@ def test_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = torch.empty(300, 8 * 128 + 4, dtype=q.dtype, device="meta")[:, : 4 * 128].view(300, 4, 128)
     assert "16 bytes" in str(why_not(packed, k, v, scale=0.1))
     assert "compute capability 9.0" in str(why_not(*tensors(device="cpu"), scale=0.1))
-    monkeypatch.setattr(prefill_hopper, "nvrtc_version", lambda: (12, 3))
+    monkeypatch.setattr(hopper, "nvrtc_version", lambda: (12, 3))
+    hopper.why_not.cache_clear()
     assert "libnvrtc" in str(why_not(*tensors(), scale=0.1))
 
 
