@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -89,3 +91,17 @@ def host_kind() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()}x-{torch.cuda.get_device_name(0)}".lower().replace(" ", "-")
     return f"cpu-{len(os.sched_getaffinity(0))}-cores"
+
+
+def versions() -> dict[str, str]:
+    """What the figures were taken with."""
+    import torch
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "date": date.today().isoformat()}
+    if torch.cuda.is_available():
+        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+        found["cuda"] = str(torch.version.cuda)
+    for module in ("triton", "cupy", "ray"):
+        if module in sys.modules:
+            found[module] = str(sys.modules[module].__version__)
+    return found

@@ -23,8 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from scripts.bench_gpu import versions
-from scripts.bench_report import RESULTS, Row, host_kind, merge
+from scripts.bench_report import RESULTS, Row, host_kind, merge, versions
 from scripts.model_shapes import SHAPES, model_folder
 
 # load -> (client's arguments, vLLM 0.24: TTFT p50, p90, p99, TPOT p50, p99 in ms, output tokens/s), 2026-11-21.
