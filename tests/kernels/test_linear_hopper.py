@@ -100,7 +100,7 @@ def test_tiles_fit_the_chip(tile: Tile) -> None:
 def test_the_source_says_its_tile() -> None:
     text = Tile(3, 256, 2, 1, half=True).source()
     assert "#define GROUPS 3" in text and "#define PARTS 2" in text and "#define HALF 1" in text
-    assert "m64n128k16.f32.f16.f16" in text and len(re.findall(r'"\+f"', text)) == 64
+    assert "m64n128k16.f32.f16.f16" in text and len(re.findall(r'"\+f"', text.partition("typedef")[0])) == 64
     assert Tile(3, 256, 2, 1).source() != text
 
 
