@@ -58,12 +58,12 @@ __device__ __forceinline__ void load_tile_for(
       ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row), "l"(policy), "h"(blocks) : "memory");
 }
 
-// The same from a matrix whose rows are taken apart into (place in 8, which half, group of 8).
-__device__ __forceinline__ void load_halves(u32 to, const TensorMap* map, u32 bar, int k, int group, u64 policy) {
+// The same from a tensor of four dimensions, at its place in each, from the contiguous one.
+__device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 bar, int a, int b, int c, int d, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4, %4, %5}], [%2], %6;"
-      ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(0), "r"(group), "l"(policy) : "memory");
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+      ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(b), "r"(c), "r"(d), "l"(policy) : "memory");
 }
 
 __device__ __forceinline__ float4 load_shared(u32 address) {
@@ -149,6 +149,46 @@ __device__ __forceinline__ u32 arrivals(const u32* counter) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
   return count;
 }
+
+// The same, giving how many had arrived before; what they had stored is seen.
+__device__ __forceinline__ u32 count_and_see(u32* counter) {
+  __threadfence();
+  const u32 before = atomicAdd(counter, 1u);
+  __threadfence();
+  return before;
+}
+
+// Four matrices of 8 x 8 from shared memory, a row's address from each lane: lane l gets elements 2 * (l % 4) and the next of
+// rows l / 4; transposed: of columns l / 4.
+__device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(u32 (&to)[4], u32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
+}
+
+// An 8 x 8 matrix of which each lane has elements 2 * (l % 4) and the next of row l / 4.
+__device__ __forceinline__ u32 transposed(u32 two) {
+  u32 out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(two));
+  return out;
+}
+
+// d [16, 8] += a [16, 16] times b [16, 8]
+__device__ __forceinline__ void multiply_add(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#if HALF
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000); }
 
 __device__ __forceinline__ float power_of_two(float x) {
   float out;

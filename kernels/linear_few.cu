@@ -74,7 +74,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(CONS
       auto load_w = [&](u32 slot, int step) {
         const u32 to = stages + slot * STAGE_BYTES;
         barrier_expect(full + 8 * slot, STAGE_BYTES);
-        if (GATED) load_halves(to, &map_w, full + 8 * slot, step * DEPTH, tile * (HEIGHT / 16), policy_w);
+        if (GATED) load_box(to, &map_w, full + 8 * slot, step * DEPTH, 0, 0, tile * (HEIGHT / 16), policy_w);
         else load_tile(to, &map_w, full + 8 * slot, step * DEPTH, tile * HEIGHT, policy_w);
       };
       int ahead = min(STAGES, last - first);  // steps whose weights are under way

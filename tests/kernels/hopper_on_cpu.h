@@ -59,7 +59,7 @@ static std::vector<Thread> fibers;
 static std::vector<Block> blocks;
 static std::vector<Copy> copies;
 static std::vector<Meeting> clusters, warps;
-static std::vector<float> lanes;
+static std::vector<u32> lanes;
 static Thread* now;
 static ucontext_t scheduler;
 static std::function<void()> body;
@@ -142,15 +142,24 @@ inline void __syncthreads() { named_sync(0, block_threads); }
 inline void cluster_sync() { meet(clusters[now->block / cluster_blocks], block_threads * cluster_blocks); }
 inline int warp() { return (now->block * block_threads + now->number) / 32; }
 inline void __syncwarp() { meet(warps[warp()], 32); }
-inline int __shfl_sync(u32, int value, int) { return value; }  // of what is the same in all lanes
-template <typename T> T __shfl_xor_sync(u32, T value, int bit) {
-  static_assert(sizeof(T) == 4, "a register");
-  float* mine = &lanes[warp() * 32];
-  memcpy(mine + now->number % 32, &value, 4);
-  __syncwarp();
-  memcpy(&value, mine + (now->number % 32 ^ bit), 4);
-  __syncwarp();
-  return value;
+// What every lane of the warp has in a register, for all of them to see.
+template <typename T> struct Lanes {
+  T of[32];
+  Lanes(T mine) {
+    static_assert(sizeof(T) == 4, "a register");
+    u32* places = &lanes[warp() * 32];
+    memcpy(places + now->number % 32, &mine, 4);
+    __syncwarp();
+    memcpy(of, places, sizeof of);
+    __syncwarp();
+  }
+};
+template <typename T> T __shfl_sync(u32, T value, int lane) { return Lanes<T>(value).of[lane]; }
+template <typename T> T __shfl_xor_sync(u32, T value, int bit) { return Lanes<T>(value).of[now->number % 32 ^ bit]; }
+inline bool __any_sync(u32, bool value) {
+  for (int other : Lanes<int>(value).of)
+    if (other) return true;
+  return false;
 }
 
 // --- bulk copies
@@ -175,8 +184,8 @@ inline void load_tile_for(u32 to, const TensorMap* map, u32 bar, int k, int row,
     if (mask >> rank & 1) targets.push_back(member(rank));
   start_copy(to, map, bar, {k, row}, targets);
 }
-inline void load_halves(u32 to, const TensorMap* map, u32 bar, int k, int group, u64) {
-  start_copy(to, map, bar, {k, 0, 0, group}, {now->block});
+inline void load_box(u32 to, const TensorMap* map, u32 bar, int a, int b, int c, int d, u64) {
+  start_copy(to, map, bar, {a, b, c, d}, {now->block});
 }
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 inline void end_copy(size_t which) {
@@ -222,6 +231,9 @@ inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 template <typename T> T __ldg(const T* p) { return *p; }
 template <typename T> T __ldcg(const T* p) { return *p; }
 template <typename T> void __stcg(T* p, T v) { *p = v; }
+inline float minus_infinity() { return -INFINITY; }
+inline float power_of_two(float x) { return exp2f(x); }
+inline u32 count_and_see(u32* counter) { return events++, (*counter)++; }
 inline u32 atomicAdd(u32* p, u32 v) { return (*p += v) - v; }
 inline void atomicExch(u32* p, u32 v) { *p = v; }
 inline void count_arrival(u32* counter) { ++*counter, events++; }
@@ -251,6 +263,34 @@ template <int LEFT> void wgmma_wait() {
   for (; (int)now->groups.size() > LEFT; now->groups.pop_front())
     for (const Product& product : now->groups.front()) multiply(product);
   __syncwarp();  // lanes go on together
+}
+
+// --- products of a warp
+
+inline void load_matrices(u32 (&to)[4], u32 row, bool transposed = false) {
+  const Lanes<u32> rows(row);
+  const int lane = now->number % 32;
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 2; j++) {
+      const int from = i * 8 + (transposed ? lane % 4 * 2 + j : lane / 4), element = transposed ? lane / 4 : lane % 4 * 2 + j;
+      memcpy((char*)&to[i] + 2 * j, at(rows.of[from] + 2 * element, 2), 2);
+    }
+}
+inline void load_matrices_transposed(u32 (&to)[4], u32 row) { load_matrices(to, row, true); }
+inline half_bits element_of(const Lanes<u32>& matrix, int row, int column) {
+  return (half_bits)(matrix.of[row * 4 + column / 2] >> column % 2 * 16);
+}
+inline u32 transposed(u32 two) {
+  const Lanes<u32> all(two);
+  const int row = now->number % 32 / 4, column = now->number % 4 * 2;
+  return (u32)element_of(all, column + 1, row) << 16 | element_of(all, column, row);
+}
+inline void multiply_add(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  const Lanes<u32> as[4] = {a[0], a[1], a[2], a[3]}, bs[2] = {b[0], b[1]};
+  const int row = now->number % 32 / 4, column = now->number % 4 * 2;
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 16; k++)
+      d[i] += widen(element_of(as[i / 2 + k / 8 * 2], row, k % 8)) * widen(element_of(bs[k / 8], column + i % 2, k % 8));
 }
 inline void stores_fence() {}
 inline void let_next_start() {}

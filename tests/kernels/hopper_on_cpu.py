@@ -46,6 +46,14 @@ def halves_map(x: Tensor, box_runs: int) -> TensorMap:
     return _map(x, (x.shape[1], 8, 2, rows // 8), (stride, rows * stride, 8 * stride), (64, 8, 2, box_runs))
 
 
+def blocks_map(cache: Tensor, box_tokens: int) -> TensorMap:
+    """As kernels.cuda_source.blocks_map."""
+    blocks, block_size, heads, head_dim = cache.shape
+    runs = heads * head_dim // 64
+    strides = (2 * cache.stride(1), 128, 2 * cache.stride(0))
+    return _map(cache, (64, block_size, runs, blocks), strides, (64, box_tokens, runs, 1))
+
+
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
@@ -56,9 +64,8 @@ def run(folder: Path, source: str, name: str, parameters: str, arguments: Sequen
     parameters: the C types of the arguments; tensor maps go by pointer. A deadlock, or a place outside of shared
     memory, fails the test.
     """
-    macros = source[: source.index("\n__device__ __forceinline__ void wgmma")]
-    width = re.search(r"m64n(\d+)k16", source)
-    assert width is not None
+    macros = "".join(re.findall(r"^#define .*\n", source, re.MULTILINE))
+    width = re.search(r"void wgmma\(.*?m64n(\d+)k16", source, re.DOTALL)
     kernel = source.partition(INSTRUCTIONS.read_text(encoding="utf-8"))[2]
     kernel = kernel.replace("extern __shared__ char memory[];", "char* memory = dynamic_shared();")
     types = [text.strip() for text in parameters.split(",")]
@@ -69,7 +76,7 @@ extern "C" const char* run(int grid, int cluster, int threads, {declared}) {{
   return launch(grid, cluster, threads, [=] {{ {name}({passed}); }});
 }}
 """
-    text = f'{macros}\n#define COLUMNS {width[1]}\n#include "{HEADER}"\n{kernel}\n{main}'
+    text = f'{macros}\n#define COLUMNS {width[1] if width else 8}\n#include "{HEADER}"\n{kernel}\n{main}'
     path = folder / f"{abs(hash(text)):x}.cpp"
     library = path.with_suffix(".so")
     if not library.exists():
