@@ -124,11 +124,13 @@ class Driver:
     # The hub's thread
 
     def joined(self, peer: Peer) -> None:
+        """Tell a new client what this driver is."""
         assert self._facts is not None, "started"
         logger.info("%s: client %s connected", self.name, peer.hello)
         peer.send(encode(Welcome(self._facts)))
 
     def received(self, peer: Peer, payload: bytes) -> None:
+        """Hand a client's message to the loop; health is told at once, whatever the loop does."""
         message = decode_for_driver(payload)
         if isinstance(message, Submit | Abort):
             self.loop.post(peer, message)
@@ -138,6 +140,7 @@ class Driver:
             self._answer(peer, message)
 
     def gone(self, peer: Peer, reason: str) -> None:
+        """Have the loop abort what the client asked for."""
         logger.info("%s: client %s left: %s", self.name, peer.hello, reason)
         self.loop.post(peer, ClientGone())
 
@@ -241,6 +244,7 @@ class MantaDriver:
 
     @on_thread(CONTROL)
     def health(self) -> DriverHealth:
+        """Whether the driver works, is starting, or why it failed."""
         if self._failure:
             return DriverHealth(state="failed", reason=self._failure)
         if not self._started:
@@ -272,6 +276,7 @@ class MantaDriver:
 
     @on_thread(CONTROL)
     def stop(self) -> None:
+        """End the engine, the ranks and the sockets; see Driver.stop."""
         self._stopped.set()
         self._driver.stop()
 

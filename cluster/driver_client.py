@@ -84,6 +84,7 @@ class DriverClient:
 
     @property
     def closed(self) -> bool:
+        """The connection is over, whoever ended it."""
         return self._ended is not None
 
     def submit(self, request: Request) -> None:

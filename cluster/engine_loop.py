@@ -91,6 +91,7 @@ class EngineLoop:
     # Called from any thread.
 
     def start(self) -> None:
+        """Run on a thread of its own, until `stop`. The engine is started."""
         self._thread.start()
 
     def post(self, client: Client, message: Message) -> None:

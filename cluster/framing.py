@@ -62,12 +62,9 @@ class Ticket(msgspec.Struct, frozen=True):
     """unix:/path, or tcp:host:port."""
     token: bytes
 
-    @property
-    def is_local(self) -> bool:
-        return self.address.startswith("unix:")
-
 
 def new_token() -> bytes:
+    """A secret for a Ticket: TOKEN_BYTES random bytes."""
     return secrets.token_bytes(TOKEN_BYTES)
 
 

@@ -23,6 +23,7 @@ class HeldRequest(msgspec.Struct):
 
     @classmethod
     def of(cls, client: Any, request: Request) -> HeldRequest:
+        """A request just accepted from `client`; what it resumes, it has had."""
         indices = range(request.params.num_sequences)
         tokens = [unpack(request.resume[i]).tolist() if i < len(request.resume) else [] for i in indices]
         return cls(client, request, set(indices), tokens)

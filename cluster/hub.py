@@ -71,6 +71,7 @@ class Peer:
 
     @property
     def unsent_bytes(self) -> int:
+        """What was sent and waits for the peer to read."""
         return self._unsent_bytes
 
     @property
@@ -179,10 +180,12 @@ class Hub:
         return Ticket(address, self.token)
 
     def start(self) -> None:
+        """Serve on a thread of its own, until `close`."""
         self._thread = threading.Thread(target=self._run, name=f"manta-{self._name}", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
+        """Have the hub's thread look at its sockets. From any thread; never blocks."""
         with contextlib.suppress(OSError):
             self._wake_in.send(b"\0")
 

@@ -19,6 +19,8 @@ from engine.step import StepMasks, StepPlan, StepResult, pack
 
 
 class IdleStep:
+    """A step that was over at once."""
+
     done = True
 
     def __init__(self, result: StepResult | None) -> None:

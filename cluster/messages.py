@@ -46,6 +46,8 @@ class Outputs(msgspec.Struct, tag="out", array_like=True):
 
 
 class Reply(msgspec.Struct, tag="reply", array_like=True):
+    """The answer to the Ask of that number."""
+
     number: int
     body: dict[str, Any]
 
@@ -88,6 +90,7 @@ class DriverHealth(msgspec.Struct, frozen=True):
 
     @property
     def ready(self) -> bool:
+        """Requests are computed now."""
         return self.state == "ready"
 
 
@@ -100,14 +103,17 @@ _to_client: msgspec.msgpack.Decoder[ToClient] = msgspec.msgpack.Decoder(ToClient
 
 
 def encode(message: ToDriver | ToClient) -> bytes:
+    """A message as one frame's payload."""
     return _encoder.encode(message)
 
 
 def decode_for_driver(payload: bytes) -> ToDriver:
+    """A client's message. Raises msgspec.DecodeError or ValidationError."""
     return _to_driver.decode(payload)
 
 
 def decode_for_client(payload: bytes) -> ToClient:
+    """A driver's message. Raises msgspec.DecodeError or ValidationError."""
     return _to_client.decode(payload)
 
 

@@ -58,6 +58,7 @@ class Placement:
     """Made by us: `release` gives it back."""
 
     def strategy(self, rank: int) -> PlacementGroupSchedulingStrategy:
+        """What puts an actor into a rank's bundle."""
         return PlacementGroupSchedulingStrategy(self.group, self.first_rank_bundle + rank)
 
     def rank_nodes(self, size: int) -> list[str]:
@@ -66,6 +67,7 @@ class Placement:
         return [nodes[self.first_rank_bundle + rank] for rank in range(size)]
 
     def release(self) -> None:
+        """Give the group back, if it was made here; whatever runs in it ends."""
         if self.owned:
             remove_placement_group(self.group)
 

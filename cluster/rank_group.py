@@ -76,6 +76,7 @@ class RankGroup:
 
     @property
     def actors(self) -> list[Any]:
+        """All actors, in the order of the ranks; not while some are missing."""
         return [rank.actor for rank in self.ranks]
 
     @property

@@ -26,6 +26,8 @@ FAULT = b"F"
 
 
 class PendingStep(Protocol):
+    """A step that was handed to the device."""
+
     @property
     def done(self) -> bool:
         """Whether wait() returns at once."""
@@ -39,9 +41,13 @@ class PendingStep(Protocol):
 class StepWorker(Protocol):
     """What the loop needs of engine.worker.Worker."""
 
-    def submit(self, plan: StepPlan, masks: Callable[[], StepMasks] | None = None) -> PendingStep: ...
+    def submit(self, plan: StepPlan, masks: Callable[[], StepMasks] | None = None) -> PendingStep:
+        """Hand a plan to the device, behind those before it; `masks` blocks until those of a masked plan are there."""
+        ...
 
-    def reset(self, epoch: int) -> None: ...
+    def reset(self, epoch: int) -> None:
+        """Forget every sequence and every block."""
+        ...
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -120,7 +126,7 @@ class RankLoop:
         )
 
     def run(self) -> str:
-        """Run until the link ends; says why it ended. Bind the device to this thread first."""
+        """Run until the link ends or a step fails; says why it ended. Bind the device to this thread first."""
         if self._peers is not None:
             self._peers.restart_count()
         self._thread, self._clock = threading.get_native_id(), time.pthread_getcpuclockid(threading.get_ident())
@@ -230,5 +236,6 @@ class _LinkClosed(Exception):
 
 
 def decode_fault(payload: bytes) -> RankFault:
+    """What follows FAULT in a rank's last answer."""
     fault: RankFault = msgspec.msgpack.decode(payload, type=RankFault)
     return fault

@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 class ChannelHandler(Protocol):
     """Who hears from the ranks; every method runs on the channel's thread and must not block."""
 
-    def received(self, rank: int, payload: bytes) -> None: ...
+    def received(self, rank: int, payload: bytes) -> None:
+        """One answer of a rank, in the order in which it gave them."""
+        ...
 
     def lost(self, rank: int, reason: str) -> None:
         """Once for a rank whose end is gone, unless the channel itself was closed."""
@@ -57,9 +59,13 @@ class RankLink(Protocol):
         """The next payload; None when the channel is closed or the driver is gone. Blocks."""
         ...
 
-    def send(self, payload: bytes) -> None: ...
+    def send(self, payload: bytes) -> None:
+        """Answer the driver. Raises OSError when it is gone."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the link; `receive` gives None. Idempotent."""
+        ...
 
 
 class SocketChannel:
@@ -113,6 +119,7 @@ class SocketLink(Connection):
 
     @classmethod
     def open(cls, ticket: Ticket, rank: int) -> SocketLink:
+        """Connect to the driver as that rank. Raises OSError."""
         return cls(dial(ticket, rank))
 
 

@@ -1,4 +1,4 @@
-"""WorkerActor: one rank in its own process; a thin actor over engine.worker.worker.Worker."""
+"""MantaWorker: one rank in its own process; a thin actor over engine.worker.worker.Worker."""
 
 from __future__ import annotations
 
@@ -53,11 +53,17 @@ def on_thread(group: str) -> Callable[[Method], Method]:
 class RankWorker(StepWorker, Protocol):
     """What the actor needs of engine.worker.worker.Worker."""
 
-    def measure(self) -> CacheCapacity: ...
+    def measure(self) -> CacheCapacity:
+        """What cache this rank can hold, beside its weights and the largest step."""
+        ...
 
-    def allocate(self, capacity: CacheCapacity) -> None: ...
+    def allocate(self, capacity: CacheCapacity) -> None:
+        """Make the cache."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Leave the group and let go of the memory."""
+        ...
 
 
 class RankFacts(msgspec.Struct, frozen=True):
@@ -111,6 +117,7 @@ class MantaWorker:
         return self._name
 
     def facts(self) -> RankFacts:
+        """Where this process is."""
         return self._facts
 
     def become(self, rank: int, name: str, gpu_ids: tuple[str, ...]) -> RankFacts:
@@ -122,6 +129,7 @@ class MantaWorker:
         return self._facts
 
     def state(self) -> RankState:
+        """What this process is, for a driver that did not start it."""
         at = self._loop.at if self._loop is not None else None
         purpose = purpose_of(self._config, self._model_config)
         return RankState(self._rank, self._facts, purpose, self._capacity, self._stage == "idle", at)
@@ -200,6 +208,7 @@ class MantaWorker:
 
     @on_thread(DEVICE)
     def allocate(self, capacity: CacheCapacity) -> None:
+        """Make a cache of that size, for `run_loop`; it stays through a `rejoin`."""
         assert self._worker is not None, "load first"
         self._stage = "allocating the cache"
         bind_device(self._config, self._facts)
@@ -209,7 +218,7 @@ class MantaWorker:
 
     @on_thread(DEVICE)
     def run_loop(self, ticket: Ticket | None) -> str:
-        """Run plans until the link ends; says why it did. A failed step raises its error."""
+        """Run plans until the link ends or a step fails; says why it ended. Raises OSError when no driver is there."""
         assert self._worker is not None and self._rank is not None, "load first"
         bind_device(self._config, self._facts)
         link: RankLink
@@ -234,10 +243,12 @@ class MantaWorker:
 
     @on_thread(PLANS)
     def push_plan(self, payload: bytes | None) -> None:
+        """Queue a plan for the loop; see ActorChannel."""
         self._queue_link.push_plan(payload)
 
     @on_thread(ANSWERS)
     def take_answer(self) -> bytes | None:
+        """The loop's next answer; see ActorChannel."""
         return self._queue_link.take_answer()
 
     @on_thread(DEVICE)

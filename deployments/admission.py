@@ -33,6 +33,7 @@ class Admission:
 
     @property
     def num_tokens(self) -> int:
+        """Prompt tokens of all that waits."""
         return self._num_tokens
 
     def check(self, tenant: str, num_tokens: int = 0) -> None:

@@ -108,6 +108,7 @@ class Batch:
         self.generations = list(generations)
 
     def add(self, generation: Generation) -> None:
+        """Let one more belong to the batch, as its last."""
         self.generations.append(generation)
 
     async def __aenter__(self) -> Batch:
@@ -158,4 +159,5 @@ class Batch:
 
     @property
     def num_prompt_tokens(self) -> int:
+        """Of all prompts together."""
         return sum(g.request.num_prompt_tokens for g in self.generations)

@@ -190,10 +190,12 @@ class ModelService:
 
     @property
     def num_unfinished(self) -> int:
+        """Requests of this process that somebody waits for."""
         return len(self._generations)
 
     @property
     def available(self) -> bool:
+        """There is an engine; it may be starting its ranks again."""
         return self._link.client is not None
 
     @property
@@ -221,7 +223,10 @@ class ModelService:
         arguments = {**options, **(variables or {})}
         clash = sorted(_NOT_VARIABLES.intersection(variables or ()))
         if clash:
-            raise RequestError(f"chat_template_kwargs: {clash} cannot be set there", param="chat_template_kwargs")
+            raise RequestError(
+                f"chat_template_kwargs: got {clash}, allowed: any but {sorted(_NOT_VARIABLES)}",
+                param="chat_template_kwargs",
+            )
         size = sum(len(str(m.get("content", ""))) for m in messages if isinstance(m, Mapping))
         if size > LONG_TEXT_CHARS:
             self.check_room()

@@ -79,6 +79,7 @@ class GrammarMatcher:
         return str(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def copy(self) -> GrammarMatcher:
+        """Another matcher at the same place."""
         return GrammarMatcher(self._matcher.deep_copy())
 
 

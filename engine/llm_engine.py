@@ -246,6 +246,7 @@ class LLMEngine:
         self.executor.shutdown()
 
     def stats(self) -> EngineStats:
+        """What the engine does now, and counts since it was made. Costs a look at every running sequence."""
         scheduler, blocks, table = self.scheduler, self.blocks.stats(), self.scheduler.table
         rows = [sequence.row for sequence in scheduler.running]
         slots = int(table.num_slots[rows].sum()) if rows else 0

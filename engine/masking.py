@@ -41,6 +41,7 @@ class Masking:
         self._matchers[sequence.seq_id] = matcher
 
     def discard(self, sequence: Sequence) -> None:
+        """Forget a sequence, if it has a grammar."""
         self._matchers.pop(sequence.seq_id, None)
 
     def mark(self, step: ScheduledStep) -> bool:

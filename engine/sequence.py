@@ -85,6 +85,7 @@ class SequenceTable:
         return row
 
     def remove(self, row: int) -> None:
+        """Free a row for another sequence."""
         self.seq_id[row] = -1
         self._free.append(row)
 
@@ -157,10 +158,12 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
+        """Known tokens behind the prompt."""
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
     def num_computed(self) -> int:
+        """Tokens whose keys and values are in its blocks, or will be by plans already submitted."""
         return int(self.table.num_computed[self.row])
 
     @property

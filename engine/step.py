@@ -171,12 +171,15 @@ def encode(value: Any) -> bytes:
 
 
 def decode_plan(data: bytes | memoryview) -> StepPlan:
+    """What `encode` made of a plan. Raises msgspec.DecodeError or ValidationError."""
     return _plan_decoder.decode(data)
 
 
 def decode_masks(data: bytes | memoryview) -> StepMasks:
+    """What `encode` made of masks. Raises msgspec.DecodeError or ValidationError."""
     return _masks_decoder.decode(data)
 
 
 def decode_result(data: bytes | memoryview) -> StepResult:
+    """What `encode` made of a result. Raises msgspec.DecodeError or ValidationError."""
     return _result_decoder.decode(data)

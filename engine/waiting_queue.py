@@ -42,6 +42,7 @@ class WaitingQueue:
         return self._num_waiting
 
     def push(self, sequence: Sequence) -> None:
+        """Let a sequence wait, in its tenant's line and in its order; its status becomes WAITING."""
         sequence.status = Status.WAITING
         slot = sequence.group.tenant
         line = self._lines.get(slot)

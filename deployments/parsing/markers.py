@@ -20,6 +20,7 @@ class MarkerScanner:
         self._buffer = ""
 
     def push(self, text: str) -> None:
+        """Add what came."""
         self._buffer += text
 
     def push_front(self, text: str) -> None:

@@ -40,9 +40,13 @@ class ToolCallParser(Protocol):
 
     num_calls: int
 
-    def push(self, text: str) -> Parsed: ...
+    def push(self, text: str) -> Parsed:
+        """What a piece of text adds; the beginning of a marker or of a call is held back until it is whole."""
+        ...
 
-    def finish(self) -> Parsed: ...
+    def finish(self) -> Parsed:
+        """What was held back: the text has ended."""
+        ...
 
 
 def make_parser(tool_format: ToolFormat) -> ToolCallParser:
@@ -66,6 +70,7 @@ def detect_format(chat_template: str | None) -> ToolFormat:
 
 
 def new_call_id() -> str:
+    """An id that no other call has, as OpenAI spells them."""
     return f"call_{secrets.token_hex(12)}"
 
 

@@ -52,6 +52,7 @@ class Llama:
 
     @staticmethod
     def attention(place: Place, model: ModelConfig, layer: int) -> Attention:
+        """A layer's attention: what kin differ in."""
         bias = bool(model.raw.get("attention_bias", False))
         return Attention(place, model, layer, qkv_bias=bias, out_bias=bias)
 

@@ -50,7 +50,9 @@ class Backend(Protocol):
         """Memory the KV cache may take, measured once the weights are loaded. Raises ConfigError if there is none."""
         ...
 
-    def timer(self) -> Timer: ...
+    def timer(self) -> Timer:
+        """Begin to time a step, on the thread that queues it."""
+        ...
 
 
 def make_backend(config: EngineConfig) -> Backend:

@@ -46,6 +46,7 @@ class Preparation:
 
     @property
     def done(self) -> bool:
+        """Nothing is left to compile, or nothing ever was."""
         return not self._needed or self._stamp.exists()
 
     def begin(self) -> None:

@@ -50,6 +50,7 @@ class Tracer:
 
 
 def make_tracer(rank: int) -> Tracer | None:
+    """What MANTA_TRACE asks of this rank; None when it is unset."""
     setting = os.environ.get("MANTA_TRACE")
     return Tracer(rank, setting) if setting else None
 

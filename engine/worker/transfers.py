@@ -38,4 +38,5 @@ class Download:
         self._host = tensor
 
     def numpy(self) -> npt.NDArray[Any]:
+        """The values, in memory that stays this object's."""
         return self._host.numpy()
