@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain, islice, product
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from torch import Tensor
 from kernels import (
     activation,
     embedding,
-    hopper,
     kv_cache,
     linear,
     paged_attention,
@@ -38,8 +37,7 @@ from kernels import (
     watermark,
 )  # fmt: skip
 from kernels.launch import num_multiprocessors
-from kernels.linear_hopper import HopperConfig
-from scripts import prefill_checks
+from scripts import hopper_checks, prefill_checks
 from scripts.kernel_timing import copy_bandwidth, matmul_rate, paged_cache, poison, relative_error, time_us
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -165,46 +163,6 @@ def linear_cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
                     yield case(f"{op.name} {rows}x{columns}x{size}", dtype, op, *args)
 
 
-def hopper_cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
-    """Products on Hopper's matrix units: tiles, splits and what comes after, at sizes that fill no tile, strided."""
-    if dtype == torch.float32 or hopper.why_not(torch.device("cuda", 0)) is not None:
-        return
-    blocks = ((1, 96, 1, 2), (2, 224, 2, 1), (3, 256, 2, 1), (2, 128, 1, 2), (2, 256, 2, 2), (1, 160, 1, 1))
-    sizes = ((200, 1000, 1032),) if small else ((1, 8, 8), (65, 520, 200), (257, 1000, 1032), (700, 4104, 4096))
-    for (groups, width, cluster_m, cluster_n), (rows, columns, size) in product(blocks, sizes):
-        x = rand(rows, 3, size, dtype=dtype)[:, 1]
-        weight = rand(columns, size + 24, dtype=dtype)[:, 16 : size + 16] / size**0.5
-        bias, residual = rand(columns, dtype=dtype), rand(rows, columns + 6, dtype=dtype)[:, 2:-4]
-        tiles = -(-rows // (64 * groups * cluster_m)) * -(-columns // (width * cluster_n))
-        fits = width % 32 == 0 and tiles * 4 * cluster_m * cluster_n <= 132
-        for splits in (1, 2, 4) if fits else (1,):
-            config = HopperConfig(groups, width, cluster_m, cluster_n, splits)
-            for after in ({}, {"bias": bias}, {"residual": residual}, {"bias": bias, "residual": residual}):
-                yield _product_case(f"{config} {rows}x{columns}x{size}", dtype, config, x, weight, **after)
-        if columns % 16 == 0:
-            config = HopperConfig(groups, width, cluster_m, cluster_n)
-            yield _product_case(f"{config} {rows}x{columns}x{size}", dtype, config, x, weight, act="silu")
-
-
-def _product_case(
-    name: str, dtype: torch.dtype, config: HopperConfig, x: Tensor, weight: Tensor, **after: Any
-) -> Case:  # fmt: skip
-    def expected() -> list[Tensor]:
-        out = x.float() @ weight.float().T
-        out = out + sum(tensor.float() for key, tensor in after.items() if key != "act")
-        return [torch_silu_and_mul(out) if "act" in after else out]
-
-    def actual() -> list[Tensor]:
-        return [config.product(x, weight, **after)]
-
-    return f"{name} {'+'.join(after)}", actual, expected, dtype
-
-
-def torch_silu_and_mul(x: Tensor) -> Tensor:
-    out: Tensor = activation.silu_and_mul.definition(x)
-    return out
-
-
 def sampling_parameters(rows: int, size: int, **kept: bool) -> sampling.SamplingTensors:
     """Every kind of row in one batch: greedy, hot, cold, with top_k, top_p, min_p or none."""
     pick = lambda values: torch.tensor([values[i % len(values)] for i in range(rows)], device="cuda")
@@ -265,7 +223,7 @@ CASES = {
     "small": small_cases,
     "attention": attention_cases,
     "linear": linear_cases,
-    "hopper": hopper_cases,
+    "hopper": hopper_checks.cases,
     "prefill": prefill_checks.cases,
 }
 
@@ -355,6 +313,8 @@ def time_attention() -> Iterator[Timing]:
 
 def time_prefill() -> Iterator[Timing]:
     """Prefill attention of Llama-3-8B's heads, in Triton and on Hopper's matrix units."""
+    for name, us, num_bytes in hopper_checks.decode_timings():
+        yield Timing(name, us, num_bytes)
     for name, us, flop in prefill_checks.timings():
         yield Timing(f"prefill {name}", us, flop=flop)
 
