@@ -202,6 +202,10 @@ def check(name: str, folder: str, device: str, tp: int, checks: Checks) -> None:
     beams = {"use_beam_search": True, "n": 4, "best_of": 6}
     slow = generate(folder, prompts[:8], 24, beams, device="cpu", dtype="float32", max_num_seqs=32, cpu_kv_cache_gib=4)
     checks.same_tokens(f"{name}: beams = CPU definition", generate(folder, prompts[:8], 24, beams, **fast), slow)
+    beams |= {"repetition_penalty": 1.3, "presence_penalty": 0.5}
+    slow = generate(folder, prompts[:8], 24, beams, device="cpu", dtype="float32", max_num_seqs=32, cpu_kv_cache_gib=4)
+    fine = generate(folder, prompts[:8], 24, beams, **fast)
+    checks.same_tokens(f"{name}: beams with penalties = CPU definition", fine, slow)
     wanted = reference_logprobs(folder, prompts[:12], device, torch.float32)
     theirs = reference_logprobs(folder, prompts[:12], device, torch.bfloat16)
     got = generate(folder, prompts[:12], 1, {"prompt_logprobs": 0}, **fast)
