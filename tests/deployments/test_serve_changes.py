@@ -23,7 +23,7 @@ from scripts.soak import Answer, Job, ask
 
 pytestmark = pytest.mark.serve
 
-WAIT_S = 60.0
+WAIT_S = 150.0
 TOKENS = 100
 HOW: list[dict[str, Any]] = [
     {"temperature": 0},
@@ -137,7 +137,7 @@ def run(site: Site, *arguments: str) -> int:
     environment = {**site.environment, "RAY_AUTH_MODE": "token"}
     command = [sys.executable, *arguments]
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=90, check=False
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False
     )
     return done.returncode
 
@@ -162,11 +162,18 @@ from ray.exceptions import RayActorError
 from deployments.handle import ModelHandle
 
 params = dict(temperature=1.0, seed=3, ignore_eos=True, max_tokens={TOKENS * 3})
-texts = [f"Count to {{n}}: " * 40 for n in range(40)]
+texts = ["Count to 4:", "Count to 5:"]
 plain, model = serve.get_app_handle("tiny").options(stream=True), ModelHandle("tiny")
 
 async def one(stream):
     return "".join([piece async for piece in stream])
+
+async def embed_until(ended, vectors):
+    count = 0
+    while not ended.done() or not count:
+        np.testing.assert_allclose(await model.embed(texts), vectors, atol=1e-5)
+        count += 1
+    return count
 
 async def main():
     want = await one(plain.remote("Count:", **params))
@@ -174,16 +181,16 @@ async def main():
     tasks = [asyncio.ensure_future(one(plain.remote("Count:", **params))) for _ in range(4)]
     tasks += [asyncio.ensure_future(one(model.stream("Count:", **params))) for _ in range(4)]
     wholes = [asyncio.ensure_future(model.generate("Count:", **params)) for _ in range(4)]
-    embedded = [asyncio.ensure_future(model.embed(texts)) for _ in range(4)]
+    streams = asyncio.gather(*tasks, *wholes, return_exceptions=True)
+    embedding = [asyncio.ensure_future(embed_until(streams, vectors)) for _ in range(2)]
     await asyncio.sleep(0.3)
     print("running", flush=True)
-    ended = await asyncio.gather(*tasks, *wholes, return_exceptions=True)
+    ended = await streams
     for result in ended[:4]:
         assert result == want or isinstance(result, RayActorError), result
     print("lost", sum(isinstance(result, RayActorError) for result in ended[:4]))
     assert ended[4:] == [want] * 8, ended[4:]
-    for again in embedded:
-        np.testing.assert_allclose(await again, vectors, atol=1e-5)
+    print("embedded", await asyncio.gather(*embedding))
     assert len(await model.embed("Count:", dimensions=8)) == 8
     print("fine")
 
@@ -195,7 +202,7 @@ def test_a_killed_replica(site: Site, expected: list[dict[int, str]]) -> None:
     """The others serve on; its streams end with an error event, answers come from elsewhere, plain handles are told."""
     before = replicas(site)
     assert len(before) == 2
-    with Streams(site, expected) as load:
+    with Streams(site, expected, streams=10) as load:  # so many that some are at either
         program = subprocess.Popen(
             [sys.executable, "-c", HANDLES], env=site.environment, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
         )
@@ -233,17 +240,31 @@ def test_scaled_down(site: Site, expected: list[dict[int, str]]) -> None:
 
 def test_taken_down_after_the_last_stream(site: Site) -> None:
     """Last: `python -m scripts.stop` beside a launcher that knows nothing of it."""
-    body = {**JOBS[1].body, "max_tokens": 600}
+    job = Job("/v1/completions", {**JOBS[1].body, "max_tokens": 800}, "length")
+
+    async def is_served(http: httpx.AsyncClient) -> bool:
+        try:
+            return (await http.get("/version")).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     async def main() -> tuple[list[Answer], list[Answer]]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=site.url, timeout=WAIT_S, limits=limits) as http:
-            job = Job("/v1/completions", body, "length")
-            (alone,) = [await ask(http, job)]
+            alone = await ask(http, job)
             streams = [asyncio.ensure_future(ask(http, job)) for _ in range(4)]
             while (await http.get("/stats")).json()["running"] < 4:
-                await asyncio.sleep(0.05)
-            await asyncio.to_thread(run, site, "-m", "scripts.stop")  # the launcher may end Ray under it
+                assert not any(stream.done() for stream in streams)
+            (driver,) = site.processes("driver")
+            driver.suspend()  # no stream ends before no more are taken
+            try:
+                stopping = asyncio.ensure_future(asyncio.to_thread(run, site, "-m", "scripts.stop"))
+                while await is_served(http):
+                    assert not stopping.done()
+                    await asyncio.sleep(0.05)
+            finally:
+                driver.resume()
+            await stopping  # the launcher may end Ray under it
             return [alone] * 4, await asyncio.gather(*streams)
 
     alone, ended = asyncio.run(main())
