@@ -51,7 +51,9 @@ async def create_message(request: Request) -> Response:
         body = await _read(request, MessagesRequest)
         call = _Call(service, body, f"msg_{request_id_of(request)}")
         await call.start()
-        return await answer(request, call, stream=body.stream, on_error=_error_json, headers=answer_headers(body))
+        return await answer(
+            request, call, stream=body.stream, on_error=_error_json, headers=answer_headers(request, body)
+        )
     except MantaError as error:
         return _failed(error)
 
@@ -62,7 +64,7 @@ async def count_tokens(request: Request) -> Response:
         service = service_of(request)
         body = await _read(request, CountRequest)
         _, ids = await _prompt(service, body, SamplingParams())
-        return JsonResponse({"input_tokens": len(ids)}, headers=answer_headers(body))
+        return JsonResponse({"input_tokens": len(ids)}, headers=answer_headers(request, body))
     except MantaError as error:
         return _failed(error)
 

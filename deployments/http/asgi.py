@@ -15,6 +15,7 @@ from deployments.http import anthropic, health, openai, openapi, pages, response
 from deployments.http.context import MAX_REQUEST_ID_CHARS
 from deployments.http.errors import on_error, openai_response
 from deployments.http.last_words import LastWords
+from deployments.http.responses_store import ResponseStore
 from deployments.service import ModelService
 from engine.errors import MantaError
 
@@ -47,6 +48,8 @@ def create_app(
     )
     app.state.service = service
     app.state.last_words = last_words
+    app.state.responses = ResponseStore()
+    app.state.ignored_fields = set()
     app.state.keys = ApiKeys.load(service.config.api_keys_file)
     if not len(app.state.keys):
         logger.info("no API keys: whoever reaches the port may use it")

@@ -20,6 +20,7 @@ from engine.errors import ModelNotFound, RequestError
 logger = logging.getLogger("ray.serve")
 
 MAX_REQUEST_ID_CHARS = 128
+MAX_TOLD_FIELDS = 1000
 TENANT_HEADER = "x-manta-tenant"
 TIMEOUT_HEADER = "x-request-timeout"
 IGNORED_HEADER = "x-manta-ignored-fields"
@@ -27,7 +28,6 @@ STAND_INS = ("tgi", "dummy")
 """What clients of Text Generation Inference call the one model of a server."""
 Body = TypeVar("Body", bound=BaseModel)
 OpenAIBody = TypeVar("OpenAIBody", bound=OpenAIRequest)
-_told: set[str] = set()
 
 
 def open_service(request: Request) -> ModelService:
@@ -105,14 +105,15 @@ def check_model(service: ModelService, name: str | None) -> None:
         )
 
 
-def answer_headers(body: BaseModel) -> dict[str, str]:
+def answer_headers(request: Request, body: BaseModel) -> dict[str, str]:
     """Names the body's fields that were ignored, and logs each name once."""
+    told: set[str] = request.app.state.ignored_fields
     ignored = [name for name in ignored_fields(body) if name.isascii() and name.isprintable()][:20]
     if not ignored:
         return {}
-    for name in set(ignored) - _told:
-        if len(_told) < 1000:
-            _told.add(name)
+    for name in set(ignored) - told:
+        if len(told) < MAX_TOLD_FIELDS:
+            told.add(name)
             logger.warning("the request field %r is unknown here and ignored (told once)", name)
     return {IGNORED_HEADER: ", ".join(ignored)[:500]}
 

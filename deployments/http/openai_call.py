@@ -63,4 +63,4 @@ async def respond(request: Request, body_type: type[Body], call_type: type[Call[
     body = await read(request, body_type)
     call = call_type(service, body, answer_id(request, body, call_type.prefix))
     await call.start()
-    return await answer(request, call, stream=body.stream, on_error=openai_json, headers=answer_headers(body))
+    return await answer(request, call, stream=body.stream, on_error=openai_json, headers=answer_headers(request, body))

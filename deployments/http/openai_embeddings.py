@@ -26,7 +26,7 @@ async def create_embeddings(request: Request) -> Response:
     service = service_of(request)
     body = await read(request, EmbeddingRequest)
     answer = await until_disconnect(request.receive, _embed(service, body, answer_id(request, body, "embd")))
-    return JsonResponse(answer, headers=answer_headers(body))
+    return JsonResponse(answer, headers=answer_headers(request, body))
 
 
 async def _embed(service: ModelService, body: EmbeddingRequest, answer_id: str) -> EmbeddingList:

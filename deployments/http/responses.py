@@ -38,7 +38,7 @@ async def create_response(request: Request) -> Response:
     caller_of(request).name(body.safety_identifier or body.user)
     call = _Call(service, _store_of(request), body, request_id_of(request), owner=_owner(request))
     await call.start()
-    return await answer(request, call, stream=body.stream, on_error=_error_event, headers=answer_headers(body))
+    return await answer(request, call, stream=body.stream, on_error=_error_event, headers=answer_headers(request, body))
 
 
 async def get_response(request: Request) -> Response:
@@ -57,10 +57,7 @@ async def delete_response(request: Request) -> Response:
 def _store_of(request: Request) -> ResponseStore:
     """Earlier responses. Raises Unauthorized."""
     caller_of(request)
-    state = request.app.state
-    if not hasattr(state, "responses"):
-        state.responses = ResponseStore()
-    store: ResponseStore = state.responses
+    store: ResponseStore = request.app.state.responses
     return store
 
 

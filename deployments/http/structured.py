@@ -84,7 +84,9 @@ def tools_of(body: ChatCompletionRequest) -> tuple[ToolMode, list[dict[str, Any]
     if choice == "none":
         return "none", functions
     if not functions:
-        raise RequestError("tool_choice: tools are needed for it", param="tool_choice")
+        raise RequestError(
+            f"tool_choice: got {choice!r:.50}, for which tools are needed; allowed without: none", param="tool_choice"
+        )
     if choice == "auto":
         return "auto", functions
     if choice == "required":
@@ -113,7 +115,10 @@ def _allowed_tools(choice: Any, functions: list[dict[str, Any]]) -> tuple[ToolMo
     names = [tool.get("function", tool).get("name") if isinstance(tool, dict) else None for tool in tools]
     chosen = [function for function in functions if function["name"] in names]
     if not chosen:
-        raise RequestError("tool_choice.allowed_tools.tools: none of them is among the tools", param="tool_choice")
+        given = ", ".join(repr(function["name"]) for function in functions)
+        raise RequestError(
+            f"tool_choice.allowed_tools.tools: got {names!r:.100}, allowed: some of {given}", param="tool_choice"
+        )
     return choice["mode"], chosen
 
 

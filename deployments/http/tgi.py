@@ -91,11 +91,11 @@ async def _answer(request: Request, kind: type[GenerateRequest], *, stream: bool
         call = _Call(service, body, request_id_of(request), received_s, stream=bool(stream))
         await call.start()
         if stream:
-            headers = {**call.stream_headers(), **answer_headers(body)}
+            headers = {**call.stream_headers(), **answer_headers(request, body)}
             return await start_stream(request.receive, call.events(), on_error=_error_json, headers=headers)
         answer = await until_disconnect(request.receive, call.answer())
         payload = [answer] if listed else answer
-        headers = {**call.headers(), **answer_headers(body)}
+        headers = {**call.headers(), **answer_headers(request, body)}
         return JsonResponse(payload, headers=headers)
     except MantaError as error:
         headers = failure_of(error).headers

@@ -52,7 +52,7 @@ async def tokenize(request: Request) -> Response:
         raise RequestError(f"got {' and '.join(given) or 'none'}: one of prompt, messages or inputs is needed")
     if body.inputs is not None:
         inputs = body.inputs
-        return _answer(body, await beside_the_loop(len(inputs), lambda: _simple_tokens(service, inputs)))
+        return _answer(request, body, await beside_the_loop(len(inputs), lambda: _simple_tokens(service, inputs)))
     if body.messages is not None:
         ids = await service.encode_chat(
             body.messages,
@@ -71,7 +71,7 @@ async def tokenize(request: Request) -> Response:
     answer["token_strs"] = None
     if body.return_token_strs:
         answer["token_strs"] = await beside_the_loop(len(ids), lambda: [service.tokenizer.token_text(i) for i in ids])
-    return _answer(body, answer)
+    return _answer(request, body, answer)
 
 
 async def detokenize(request: Request) -> Response:
@@ -85,7 +85,7 @@ async def detokenize(request: Request) -> Response:
                 f"tokens[{place}]: got {token}, allowed: 0 to {service.vocab_size - 1}", param=f"tokens[{place}]"
             )
     text = await beside_the_loop(len(body.tokens), lambda: service.tokenizer.decode_raw(body.tokens))
-    return _answer(body, {"prompt": text})
+    return _answer(request, body, {"prompt": text})
 
 
 def _simple_tokens(service: ModelService, text: str) -> list[SimpleToken]:
@@ -98,8 +98,8 @@ def _simple_tokens(service: ModelService, text: str) -> list[SimpleToken]:
     ]
 
 
-def _answer(body: BaseModel, payload: Any) -> Response:
-    return JsonResponse(payload, headers=answer_headers(body))
+def _answer(request: Request, body: BaseModel, payload: Any) -> Response:
+    return JsonResponse(payload, headers=answer_headers(request, body))
 
 
 ROUTES = [
