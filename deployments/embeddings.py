@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deployments.service import ModelService
-from engine.embedding import Vector, check_dimensions, embedding_params, unit_vector
-from engine.errors import RequestError
+from engine.embedding import Vector, check_dimensions, check_pooling, embedding_params, unit_vector
 from engine.output import RequestOutput
 from engine.step import Pooling
 
@@ -26,8 +25,7 @@ async def embed(
 
     Nothing runs when any prompt is at fault.
     """
-    if pooling not in (None, "mean", "last"):
-        raise RequestError(f"pooling: got {pooling!r:.50}, allowed: mean or last", param="pooling")
+    check_pooling(pooling)
     if truncate_prompt_tokens == -1:
         truncate_prompt_tokens = service.config.model_len
     params = embedding_params(truncate_prompt_tokens, priority or 0)

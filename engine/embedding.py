@@ -48,6 +48,12 @@ def embedding_params(truncate_prompt_tokens: int | None = None, priority: int = 
     )
 
 
+def check_pooling(pooling: str | None) -> None:
+    """Raise RequestError unless it is a way to pool; None is the configuration's."""
+    if pooling not in (None, "mean", "last"):
+        raise RequestError(f"pooling: got {pooling!r:.50}, allowed: mean or last", param="pooling")
+
+
 def check_dimensions(dimensions: int | None, hidden_size: int) -> None:
     """Raise RequestError unless a vector of the model can be cut to `dimensions`."""
     if dimensions is not None and not 1 <= dimensions <= hidden_size:

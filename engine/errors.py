@@ -115,7 +115,3 @@ class ExecutorDied(MantaError):
     def __init__(self, message: str, *, ranks: tuple[int, ...] = ()) -> None:
         self.ranks = ranks
         super().__init__(message)
-
-
-class KernelUnavailable(MantaError):
-    """A forced kernel implementation cannot run on these inputs; the message gives the reason."""

@@ -17,7 +17,14 @@ import msgspec
 from engine.beam_output import BeamSearchOutput
 from engine.chat_template import Messages, read_template
 from engine.config import EngineConfig
-from engine.embedding import Embedding, EmbeddingRequestOutput, check_dimensions, embedding_params, unit_vector
+from engine.embedding import (
+    Embedding,
+    EmbeddingRequestOutput,
+    check_dimensions,
+    check_pooling,
+    embedding_params,
+    unit_vector,
+)
 from engine.errors import ExecutorDied, RequestError, RequestFailed
 from engine.executor import Executor
 from engine.llm_engine import LLMEngine
@@ -209,8 +216,7 @@ class LLM:
         """
         _refuse_lora(lora_request)
         check_dimensions(dimensions, self.model_config.hidden_size)
-        if pooling not in (None, "mean", "last"):
-            raise RequestError(f"pooling: got {pooling!r:.50}, allowed: mean or last", param="pooling")
+        check_pooling(pooling)
         params = embedding_params(truncate_prompt_tokens)
         how = pooling or self.config.pooling
         prepared = [replace(self._prepare(prompt, params), pooling=how) for prompt in prompt_list(prompts)]
