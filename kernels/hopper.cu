@@ -210,6 +210,14 @@ __device__ __forceinline__ void named_arrive(int name, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
+// Whether this is the one lane of the warp that is to do something. The compiler knows that it is one: what several lanes
+// might do, such as a bulk copy, becomes a loop over them.
+__device__ __forceinline__ bool one_lane() {
+  int elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected;
+}
+
 __device__ __forceinline__ u32 cluster_rank() {
   u32 rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

@@ -107,22 +107,28 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
   wait_for_last();
 
   if (group == GROUPS) {
-    leave_registers<24>();
+    leave_registers<40>();
     if (threadIdx.x < CONSUMERS + 32) {
       Schedule work{cu_seqlens_q, num_seqs, heads, 0, 0};
       Ring k{0, 1}, v{0, 1};
       u32 q_phase = 1;
-      // A tile of K or V: each lane loads a cache block, from its first row in the cache.
+      int column = 0;
+      // A tile of K or V; each lane knows where in the cache a block of it begins, and one loads them all.
       auto load = [&](const TensorMap& map, u32 tiles, u32 full, u32 empty, Ring& ring, int row) {
         barrier_wait(empty + 8 * ring.slot, ring.phase);
-        if (lane == 0) barrier_expect(full + 8 * ring.slot, TILE_BYTES);
-        __syncwarp();
-        if (lane < BLOCKS) {
+        int rows[BLOCKS];
 #pragma unroll
-          for (int panel = 0; panel < PANELS; panel++)
-            load_tile(tiles + ring.slot * TILE_BYTES + panel * PANEL + lane * (BLOCK * 128), &map, full + 8 * ring.slot,
-                     work.head / group_heads * D + 64 * panel, row, policy);
+        for (int i = 0; i < BLOCKS; i++) rows[i] = __shfl_sync(~0u, row, i);
+        if (one_lane()) {
+          const u32 bar = full + 8 * ring.slot, to = tiles + ring.slot * TILE_BYTES;
+          barrier_expect(bar, TILE_BYTES);
+#pragma unroll
+          for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+            for (int panel = 0; panel < PANELS; panel++)
+              load_tile(to + panel * PANEL + i * (BLOCK * 128), &map, bar, column + 64 * panel, rows[i], policy);
         }
+        __syncwarp();
         ring.advance();
       };
       int piece = blockIdx.x;
@@ -139,10 +145,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
           const int index = n * BLOCKS + lane;
           return lane < BLOCKS && index < num_blocks ? table[index] * BLOCK : cache_rows;
         };
+        column = work.head / group_heads * D;
         int v_row = row_of(first);
         load(map_k, at + K_AT, at + K_FULL, at + K_EMPTY, k, v_row);
         barrier_wait(at + Q_EMPTY, q_phase);
-        if (lane == 0) {
+        if (one_lane()) {
           *shared_pointer<int4>(at + PIECE_AT) = make_int4(work.start + row, work.num_new - row, work.head, position);
           *shared_pointer<int4>(at + PIECE_AT + 16) = make_int4(first, last, context, 0);
           barrier_expect(at + Q_FULL, Q_BYTES);
@@ -169,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
       }
     }
   } else {
-    take_registers<240>();
+    take_registers<232>();
     const int quad = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4;  // of the piece; and row + 8
 
     // Rows that are no sequence's.

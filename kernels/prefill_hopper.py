@@ -1,7 +1,7 @@
 """Prefill attention on Hopper's matrix units (compute capability 9.0): the launch of prefill_hopper.cu.
 
 Where it runs in place of the Triton kernel is for `why_not` to say: bfloat16 and float16, heads of 64 and 128, caches
-that lie whole in blocks of 8 to 128 tokens (a bulk tensor copy takes one block), no soft-cap. How many sequences there
+that lie whole in blocks of 16 to 128 tokens (a bulk tensor copy takes one block), no soft-cap. How many sequences there
 are, how long and where their rows begin it reads on the device.
 """
 
@@ -68,7 +68,7 @@ class Variant:
 
     def source(self) -> str:
         """The kernel's text, whole."""
-        assert self.config.keys % self.block_size == 0 and self.config.keys <= 32 * self.block_size
+        assert self.config.keys % self.block_size == 0 and self.config.keys <= 12 * self.block_size
         values = {
             "D": self.head_dim, "KEYS": self.config.keys, "BLOCK": self.block_size, "STAGES": self.stages,
             "WINDOW": int(self.window), "TURNS": int(self.config.take_turns), "HALF": int(self.half),
@@ -95,7 +95,7 @@ def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, scale: float, softca
     block_size, head_dim = k_cache.shape[1], q.shape[2]
     if softcap > 0 or scale <= 0:
         return "soft-capped scores, or a scale that is not positive"
-    if head_dim not in (64, 128) or block_size not in (8, 16, 32, 64, 128):
+    if head_dim not in (64, 128) or block_size not in (16, 32, 64, 128):
         return f"heads of {head_dim} in blocks of {block_size}"
     if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k_cache.dtype == v_cache.dtype:
         return f"{q.dtype} over {k_cache.dtype}"

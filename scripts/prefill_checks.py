@@ -95,7 +95,7 @@ def cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
     runs["many"] = [(max(context, new), new) for context, new in runs["many"]]
     if not small:
         runs |= {"long": [(3000, 2000), (4111, 4111)], "chat": PREFILLS["chat"]}
-    for (name, each), (head_dim, block_size) in product(runs.items(), ((128, 16), (64, 16), (128, 32), (64, 8))):
+    for (name, each), (head_dim, block_size) in product(runs.items(), ((128, 16), (64, 16), (128, 32), (64, 64))):
         for heads, kv_heads, window in ((4, 1, 0), (6, 2, 100), (3, 3, 0)):
             if (small and head_dim != 128) or (block_size != 16 and heads != 4):
                 continue

@@ -31,8 +31,10 @@ typedef unsigned short half_bits;
 #define __cluster_dims__(...)
 #define __launch_bounds__(...)
 
+struct int4 { int x, y, z, w; };
 struct uint4 { u32 x, y, z, w; };
 struct float4 { float x, y, z, w; };
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -44,7 +46,7 @@ constexpr int SHARED_BYTES = 232 * 1024, FIRST_ADDRESS = 512;
 struct Barrier { u32 expected, missing; long bytes; u32 phase; };
 struct Meeting { int arrived = 0, times = 0; };
 struct Block { std::vector<char> shared; std::map<u32, Barrier> barriers; Meeting named[16]; };
-struct Product { float* d; u64 a, b; int add; };
+struct Product { float* d; u64 a, b; int add; const u32* registers; };
 struct Copy { int block; u32 to, bar; TensorMap map; long at[4]; std::vector<int> blocks; };
 struct Thread {
   ucontext_t context;
@@ -138,6 +140,11 @@ inline void barrier_wait(u32 bar, u32 parity) {
   events++;
 }
 inline void named_sync(int name, int threads) { meet(blocks[now->block].named[name], threads); }
+inline void named_arrive(int name, int threads) {
+  Meeting& place = blocks[now->block].named[name];
+  if (++place.arrived == threads) place.arrived = 0, place.times++;
+  events++;
+}
 inline void __syncthreads() { named_sync(0, block_threads); }
 inline void cluster_sync() { meet(clusters[now->block / cluster_blocks], block_threads * cluster_blocks); }
 inline int warp() { return (now->block * block_threads + now->number) / 32; }
@@ -156,11 +163,19 @@ template <typename T> struct Lanes {
 };
 template <typename T> T __shfl_sync(u32, T value, int lane) { return Lanes<T>(value).of[lane]; }
 template <typename T> T __shfl_xor_sync(u32, T value, int bit) { return Lanes<T>(value).of[now->number % 32 ^ bit]; }
-inline bool __any_sync(u32, bool value) {
-  for (int other : Lanes<int>(value).of)
-    if (other) return true;
-  return false;
+template <typename T> T __shfl_up_sync(u32, T value, int by) {
+  const int lane = now->number % 32;
+  return Lanes<T>(value).of[lane < by ? lane : lane - by];
 }
+inline u32 __ballot_sync(u32, bool value) {
+  const Lanes<int> all(value);
+  u32 bits = 0;
+  for (int lane = 0; lane < 32; lane++) bits |= (u32)all.of[lane] << lane;
+  return bits;
+}
+inline bool __any_sync(u32, bool value) { return __ballot_sync(~0u, value); }
+inline int __ffs(u32 bits) { return __builtin_ffs(bits); }
+inline bool one_lane() { return __syncwarp(), now->number % 32 == 0; }
 
 // --- bulk copies
 
@@ -234,35 +249,57 @@ template <typename T> void __stcg(T* p, T v) { *p = v; }
 inline float minus_infinity() { return -INFINITY; }
 inline float power_of_two(float x) { return exp2f(x); }
 inline u32 count_and_see(u32* counter) { return events++, (*counter)++; }
+inline int atomicAdd(int* p, int v) { return (*p += v) - v; }
 inline u32 atomicAdd(u32* p, u32 v) { return (*p += v) - v; }
 inline void atomicExch(u32* p, u32 v) { *p = v; }
 inline void count_arrival(u32* counter) { ++*counter, events++; }
 inline u32 arrivals(const u32* counter) { pause(); return *counter; }
 
-// --- the matrix units: d [64, COLUMNS] of 128 threads, of which each makes its own part
+// --- the matrix units: d [64, COLUMNS], or [64, VALUE_COLUMNS], of 128 threads, of which each makes its own part
 
 inline u64 matrix_descriptor(u32 address) { return (u64)((address & 0x3FFFF) >> 4) | 64ull << 32 | 1ull << 62; }
 inline float element(u64 matrix, int row, int k) {
   const u32 start = (matrix & 0x3FFF) << 4, stride = (matrix >> 32 & 0x3FFF) << 4;
   return widen(*(half_bits*)at(swizzled(start + row / 8 * stride + row % 8 * 128 + k * 2), 2));
 }
+inline float value_element(u64 matrix, int column, int k) {
+  const u32 start = (matrix & 0x3FFF) << 4, panel = (matrix >> 16 & 0x3FFF) << 4, stride = (matrix >> 32 & 0x3FFF) << 4;
+  const u32 place = start + column / 64 * panel + k / 8 * stride + k % 8 * 128 + column % 64 * 2;
+  return widen(*(half_bits*)at(swizzled(place), 2));
+}
+template <typename T> void hold(const T&) {}
 inline void wgmma_fence() {}
-inline void wgmma(float* d, u64 a, u64 b, int add) { now->open.push_back({d, a, b, add}); }
+inline void wgmma(float* d, u64 a, u64 b, int add) { now->open.push_back({d, a, b, add, nullptr}); }
+inline void wgmma_values(float* d, const u32* a, u64 b) { now->open.push_back({d, 0, b, 1, a}); }
 inline void wgmma_commit() { now->groups.push_back(now->open), now->open.clear(); }
-inline void multiply(const Product& product) {
-  const int lane = now->number % 32, first_row = now->number % 128 / 32 * 16 + lane / 4;
-  for (int i = 0; i < COLUMNS / 2; i++) {
-    const int row = first_row + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+inline void multiply(size_t which) {
+  const Product& product = now->groups.front()[which];
+  const int lane = now->number % 32, row = now->number % 128 / 32 * 16 + lane / 4;
+  float left[2][16];  // rows `row` and `row + 8` of a
+  for (int half = 0; half < 2; half++)
+    for (int k = 0; k < 16; k++)
+      if (product.registers) {  // those of four lanes make a row
+        const Thread& other = now[lane / 4 * 4 + k % 8 / 2 - lane];
+        left[half][k] = widen((half_bits)(other.groups.front()[which].registers[half + k / 8 * 2] >> k % 2 * 16));
+      } else {
+        left[half][k] = element(product.a, row + half * 8, k);
+      }
+  for (int i = 0; i < (product.registers ? VALUE_COLUMNS : COLUMNS) / 2; i++) {
+    const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
     float sum = product.add ? product.d[i] : 0;
-    for (int k = 0; k < 16; k++) sum += element(product.a, row, k) * element(product.b, column, k);
+    for (int k = 0; k < 16; k++)
+      sum += left[i % 4 / 2][k] * (product.registers ? value_element(product.b, column, k) : element(product.b, column, k));
     product.d[i] = sum;
   }
 }
 template <int LEFT> void wgmma_wait() {
   pause();
-  for (; (int)now->groups.size() > LEFT; now->groups.pop_front())
-    for (const Product& product : now->groups.front()) multiply(product);
-  __syncwarp();  // lanes go on together
+  for (; (int)now->groups.size() > LEFT; now->groups.pop_front()) {
+    __syncwarp();  // lanes go on together, and see each other's registers
+    for (size_t i = 0; i < now->groups.front().size(); i++) multiply(i);
+    __syncwarp();
+  }
+  __syncwarp();
 }
 
 // --- products of a warp

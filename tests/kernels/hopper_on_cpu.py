@@ -65,7 +65,8 @@ def run(folder: Path, source: str, name: str, parameters: str, arguments: Sequen
     memory, fails the test.
     """
     macros = "".join(re.findall(r"^#define .*\n", source, re.MULTILINE))
-    width = re.search(r"void wgmma\(.*?m64n(\d+)k16", source, re.DOTALL)
+    find = lambda product: re.search(rf"void {product}\(.*?m64n(\d+)k16", source, re.DOTALL)
+    columns, value_columns = (width[1] if width else 8 for width in map(find, ("wgmma", "wgmma_values")))
     kernel = source.partition(INSTRUCTIONS.read_text(encoding="utf-8"))[2]
     kernel = kernel.replace("extern __shared__ char memory[];", "char* memory = dynamic_shared();")
     types = [text.strip() for text in parameters.split(",")]
@@ -76,7 +77,8 @@ extern "C" const char* run(int grid, int cluster, int threads, {declared}) {{
   return launch(grid, cluster, threads, [=] {{ {name}({passed}); }});
 }}
 """
-    text = f'{macros}\n#define COLUMNS {width[1] if width else 8}\n#include "{HEADER}"\n{kernel}\n{main}'
+    macros += f"#define COLUMNS {columns}\n#define VALUE_COLUMNS {value_columns}\n"
+    text = f'{macros}#include "{HEADER}"\n{kernel}\n{main}'
     path = folder / f"{abs(hash(text)):x}.cpp"
     library = path.with_suffix(".so")
     if not library.exists():

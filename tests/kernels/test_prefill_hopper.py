@@ -1,9 +1,11 @@
-"""Prefill attention on Hopper, as far as no GPU is needed: variants that fit the chip, and where it is chosen."""
+"""Prefill attention on Hopper: the kernel's text run on the CPU, variants that fit the chip, and where it is taken."""
 
 from __future__ import annotations
 
+import ctypes
 import re
-from itertools import product
+from itertools import accumulate, product
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,17 @@ from torch import Tensor
 from kernels import hopper, launch, paged_attention, prefill_hopper
 from kernels.hopper import SHARED_BYTES
 from kernels.launch import Chip, rehearse_on
-from kernels.prefill_hopper import ROWS, HopperPrefillConfig, Variant, chosen, variant_kernel, why_not
+from kernels.prefill_hopper import LOG2E, ROWS, HopperPrefillConfig, Variant, chosen, variant_kernel, why_not
+from tests.kernels.hopper_on_cpu import needs_compiler, pointer, run, tensor_map
+from tests.kernels.reference import attention
 
+PARAMETERS = (
+    "TensorMap*, TensorMap*, TensorMap*, half_bits*, int*, int*, int*, int*, int, int, int, int, int, int, float, int, "
+    "u64"
+)
 VARIANTS = [
     Variant(head_dim, block_size, window, False, HopperPrefillConfig(keys))
-    for head_dim, block_size, window, keys in product((64, 128), (8, 16, 32), (False, True), (64, 128, 160))
+    for head_dim, block_size, window, keys in product((64, 128), (16, 32), (False, True), (64, 128, 160))
 ]
 
 
@@ -45,16 +53,71 @@ def tensors(
     return q, torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("variant", "heads", "kv_heads", "window", "runs"),
+    [
+        (Variant(64, 16, False, False), 2, 1, 0, [(130, 130), (0, 0), (140, 20), (1, 1)]),
+        (Variant(64, 32, True, False, HopperPrefillConfig(64)), 1, 1, 70, [(250, 140), (64, 1)]),
+        (Variant(128, 16, False, False, HopperPrefillConfig(take_turns=False)), 2, 2, 0, [(140, 100)]),
+    ],
+    ids=str,
+)
+def test_the_kernel_run_on_a_cpu(
+    variant: Variant, heads: int, kv_heads: int, window: int, runs: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    """Runs are (context, new tokens); rows that are nobody's around them, NaN behind each context."""
+    torch.manual_seed(0)
+    head_dim, block_size = variant.head_dim, variant.block_size
+    num_blocks, before, after = 40, 2, 3
+    k, v = (torch.randn(num_blocks, block_size, kv_heads, head_dim).bfloat16() for _ in range(2))
+    tables = torch.full((len(runs), 24), 1 << 20, dtype=torch.int32)
+    free = torch.randperm(num_blocks).tolist()
+    for row, (length, _) in enumerate(runs):
+        for i in range(-(-length // block_size)):
+            tables[row, i] = free.pop()
+        if length % block_size:
+            for kept in (k, v):
+                kept[tables[row, length // block_size], length % block_size :] = float("nan")
+    contexts, new = ([run[i] for run in runs] for i in (0, 1))
+    starts = [0, *accumulate(new)]
+    context_lens, cu = torch.tensor(contexts, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32) + before
+    q = torch.randn(before + starts[-1] + after, heads + 1, head_dim).bfloat16()[:, :heads]
+    out = torch.full((len(q) + 1, heads, head_dim), -7.0).bfloat16()
+    taken = torch.zeros(1, dtype=torch.int32)
+    caches = [cache.view(-1, kv_heads * head_dim) for cache in (k, v)]
+    rows = q.as_strided((len(q), heads * head_dim), (q.stride(0), 1))
+    integers = (len(q), len(runs), heads, heads // kv_heads, tables.stride(0), num_blocks * block_size)
+    run(
+        tmp_path, variant.source(), "attend", PARAMETERS,
+        [
+            tensor_map(rows, ROWS), *(tensor_map(cache, block_size) for cache in caches),
+            *(pointer(tensor) for tensor in (out, tables, context_lens, cu, taken)),
+            *(ctypes.c_int(value) for value in integers), ctypes.c_float(0.125 * LOG2E), ctypes.c_int(window),
+            ctypes.c_ulonglong(0),
+        ],
+        grid=2, cluster=1, threads=384,
+    )  # fmt: skip
+    expected = attention(q[before : before + starts[-1]], k, v, tables, context_lens, new, 0.125, window)
+    found = out[before : before + starts[-1]].double()
+    assert (found - expected).norm() / expected.norm() < 4e-3
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+    assert not out[:before].any() and not out[before + starts[-1] : -1].any(), "rows that are nobody's are zeros"
+    assert (out[-1] == -7).all(), "the row behind the last was written to"
+    assert not taken.any(), "the counter is zero between launches"
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_variants_fit_the_chip(variant: Variant) -> None:
     kernel = variant_kernel(variant)
     assert 2 <= variant.stages <= 4 and kernel.shared_bytes <= SHARED_BYTES
     # The swizzle's pattern repeats every 8 rows of 128 bytes; tiles, their panels and each cache block start with it.
     assert variant.q_bytes % 1024 == variant.tile_bytes % 1024 == variant.block_size * 128 % 1024 == 0
-    # Scores, probabilities in half the registers, and output of a consumer's thread, of its 240 registers.
+    # Scores, probabilities in half the registers, and output: of the 232 registers of a consumer's thread.
     assert variant.config.keys // 2 + variant.config.keys // 4 + variant.head_dim // 2 <= 200
-    # A quarter of the registers' threads give up what the other two groups take.
-    assert 240 * 2 + 24 <= 65536 // 128
+    # What the warpgroups take is what the block was given: 168 registers a thread.
+    taken, left = (int(re.search(rf"{what}_registers<(\d+)>", kernel.source)[1]) for what in (" take", " leave"))  # type: ignore[index]
+    assert 2 * taken + left == 3 * 168
 
 
 def test_the_source_says_its_variant() -> None:
