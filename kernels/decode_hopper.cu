@@ -56,7 +56,7 @@ __device__ __forceinline__ float over_tokens(float value, bool largest) {  // of
 extern "C" __global__ void __launch_bounds__(32 * HEADS + 32) decode(
     const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v, const half_bits* q,
     const int* tables, const int* lengths, const int* plan, u32* arrived, float4* partial, float* partial_ml,
-    half_bits* out, int num_seqs, int num_slices, int block_size, int window, float scale, long long stride_qb,
+    half_bits* out, int num_seqs, int num_slices, int block_size, int window, int keep_empty, float scale, long long stride_qb,
     long long stride_qh, long long stride_tb, long long stride_ob, long long stride_oh, u64 policy) {
   extern __shared__ char memory[];
   const u32 stages = (address_of(memory) + 1023) & ~1023u;
@@ -222,6 +222,7 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32) decode(
       }
       if (lane == 0) atomicExch(arrived + sequence * HEADS + head, 0u);
     }
+    if (keep_empty && now.length == 0) continue;
     const float share[2] = {1 / fmaxf(l[0], 1e-30f), 1 / fmaxf(l[1], 1e-30f)};
     half_bits* to = out + sequence * stride_ob + (head * GROUP + row) * stride_oh + column;
 #pragma unroll

@@ -86,13 +86,14 @@ def unsupported(k_cache: Tensor) -> str | None:
 
 
 def decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, *, scale: float, work: Any
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, *, scale: float,
+    work: Any, into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """kernels.paged_attention.decode over the slices of `work`, a paged_decode.DecodeWork with tiles of 16 tokens."""
     num_seqs, num_heads, head_dim = q.shape
     shape = shape_of(q, k_cache)
     kernel = shape_kernel(shape)
-    out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device) if into is None else into
     slots = work.num_slices * 2 * shape.heads
     partial = torch.empty(slots * 8 * head_dim, dtype=torch.float32, device=q.device)
     partial_ml = torch.empty(slots * 16, dtype=torch.float32, device=q.device)
@@ -103,12 +104,13 @@ def decode(
     assert work.config.tile == TILE and q.stride(2) == 1 and q.stride(0) % 2 == 0 and q.stride(1) % 2 == 0
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
     tensors = (q, block_tables, context_lens, work.plan, work.arrived, partial, partial_ml, out)
+    values = (num_seqs, work.num_slices, k_cache.shape[1], work.sliding_window, into is not None)
     strides = (q.stride(0), q.stride(1), block_tables.stride(0), out.stride(0), out.stride(1))
     arguments = [
         blocks_map(k_cache, TILE),
         blocks_map(v_cache, TILE),
         *(pointer(tensor.data_ptr()) for tensor in tensors),
-        *(integer(value) for value in (num_seqs, work.num_slices, k_cache.shape[1], work.sliding_window)),
+        *(integer(value) for value in values),
         ctypes.c_float(scale * LOG2E),
         *(number(stride) for stride in strides),
         ctypes.c_uint64(FIRST_OUT),

@@ -105,6 +105,7 @@ def decode(
     sliding_window: int = 0,
     softcap: float = 0.0,
     plan: DecodePlan | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Attend one new token of each sequence to its paged keys and values.
 
@@ -112,9 +113,14 @@ def decode(
     may be anything); context_lens [B] int32, in tokens, the new one included, 0 for a padding row, whose output is
     zeros. sliding_window w > 0: only the last w tokens count; softcap c > 0: scores become c * tanh(score / c).
     plan: plan_decode's of the same tables, lengths and window, to share between layers; made here when None.
+    into [B, Hq, D]: takes the results, and keeps its rows of no context.
     Returns [B, Hq, D] in q's dtype. Raises ValueError when Hq is not a multiple of Hkv.
     """
     _check_heads(q, k_cache)
+    if into is not None:
+        options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "plan": plan}
+        found = decode.definition(q, k_cache, v_cache, block_tables, context_lens, **options)
+        return into.copy_(torch.where(context_lens[:, None, None] > 0, found, into))
     if plan is None or not plan.chunks:
         plan = plan_decode.definition(k_cache, block_tables, context_lens, sliding_window=sliding_window)
     if len(plan.chunks) == 1:
@@ -187,12 +193,14 @@ def _decode_triton(
     sliding_window: int = 0,
     softcap: float = 0.0,
     plan: DecodePlan | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     _check_heads(q, k_cache)
     work = plan.work if plan is not None else None
     if work is None:
         work = paged_decode.make_work(k_cache, context_lens, sliding_window)
-    return paged_decode.decode(q, k_cache, v_cache, block_tables, context_lens, scale=scale, softcap=softcap, work=work)
+    arguments = (q, k_cache, v_cache, block_tables, context_lens)
+    return paged_decode.decode(*arguments, scale=scale, softcap=softcap, work=work, into=into)
 
 
 @kernel

@@ -113,7 +113,7 @@ def _decode_kernel(
     stride_oh,
     HKV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     G: tl.constexpr, G_OUT: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SEGMENTS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    SEGMENTS: tl.constexpr, STAGES: tl.constexpr, KEEP_EMPTY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -168,7 +168,10 @@ def _decode_kernel(
         out_ptrs = out + seq.to(tl.int64) * stride_ob + (h * GROUP + row)[:, None] * stride_oh + d[None, :]
         if take == num_tiles:
             value = acc / tl.maximum(l, 1e-30)[:, None]
-            tl.store(out_ptrs, value.to(out.dtype.element_ty), mask=(row < GROUP)[:, None] & in_d[None, :])
+            written = row < GROUP
+            if KEEP_EMPTY:
+                written = written & (context_len > 0)
+            tl.store(out_ptrs, value.to(out.dtype.element_ty), mask=written[:, None] & in_d[None, :])
         else:
             slot = (g * 2 + 1 - is_first_segment) * HKV + h
             ml_ptrs = partial_ml + slot * 2 * G_OUT + row
@@ -264,16 +267,17 @@ def why_not_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
 
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, *, scale: float,
-    softcap: float, work: DecodeWork,
+    softcap: float, work: DecodeWork, into: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """kernels.paged_attention.decode over the slices of `work`. Two kernels never share a work at the same time."""
     num_seqs, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
     if work.config.hopper and group <= decode_hopper.MAX_GROUP and softcap <= 0:
-        return decode_hopper.decode(q, k_cache, v_cache, block_tables, context_lens, scale=scale, work=work)
+        arguments = (q, k_cache, v_cache, block_tables, context_lens)
+        return decode_hopper.decode(*arguments, scale=scale, work=work, into=into)
     group_out, padded_dim = next_power_of_2(group), max(next_power_of_2(head_dim), 16)
-    out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device) if into is None else into
     slots = work.num_slices * 2 * num_kv_heads
     partial = torch.empty(slots * group_out * padded_dim, dtype=torch.float32, device=q.device)
     partial_ml = torch.empty(slots * 2 * group_out, dtype=torch.float32, device=q.device)
@@ -286,6 +290,6 @@ def decode(
         HKV=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=config.tile,
         G=max(16, group_out), G_OUT=group_out, D=padded_dim, WINDOW=work.sliding_window, SOFTCAP=softcap > 0,
         SEGMENTS=max(2, min(8, 4096 // (group_out * padded_dim))), STAGES=config.num_stages,
-        num_warps=config.num_warps, **dependent_launch(q),
+        KEEP_EMPTY=into is not None, num_warps=config.num_warps, **dependent_launch(q),
     )  # fmt: skip
     return out

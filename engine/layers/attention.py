@@ -58,7 +58,7 @@ class StepInput:
     cos_sin: Tensor
     overlaid: bool = False
     """Where the decodes end is known on the device only: the chunks' cu_seqlens count from row 0, rows of one kind are
-    nobody's to the other (decodes of no context), and their results are added."""
+    nobody's to the other (decodes of no context), whose results lie in one tensor."""
 
 
 class Attention:
@@ -112,20 +112,7 @@ class Attention:
 
     def _attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInput) -> Tensor:
         """Decodes by the decode kernel, chunks by the prefill kernel; q [T, Hq, D] -> [T, Hq, D]."""
-        decoded: Tensor | None = None
         prefilled: Tensor | None = None
-        if step.decodes is not None:
-            runs = step.decodes
-            decoded = paged_attention.decode(
-                q[: step.num_decodes],
-                k_cache,
-                v_cache,
-                runs.block_tables,
-                runs.context_lens,
-                scale=self.scale,
-                sliding_window=self.sliding_window,
-                plan=runs.plan(k_cache, self.sliding_window),
-            )
         if step.prefills is not None:
             runs = step.prefills
             prefilled = paged_attention.prefill(
@@ -139,15 +126,24 @@ class Attention:
                 scale=self.scale,
                 sliding_window=self.sliding_window,
             )
+        if step.decodes is None:
+            assert prefilled is not None
+            return prefilled
+        runs = step.decodes
+        decoded: Tensor = paged_attention.decode(
+            q[: step.num_decodes],
+            k_cache,
+            v_cache,
+            runs.block_tables,
+            runs.context_lens,
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            plan=runs.plan(k_cache, self.sliding_window),
+            into=prefilled[: step.num_decodes] if prefilled is not None and step.overlaid else None,
+        )
         if prefilled is None:
-            assert decoded is not None
             return decoded
-        if decoded is None:
-            return prefilled
-        if step.overlaid:
-            prefilled[: step.num_decodes] += decoded
-            return prefilled
-        return torch.cat([decoded, prefilled])
+        return prefilled if step.overlaid else torch.cat([decoded, prefilled])
 
     def weights(self) -> NamedWeights:
         yield from self.qkv.weights()

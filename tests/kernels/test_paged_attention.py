@@ -61,6 +61,18 @@ def test_decode(
     assert all(torch.equal(again, out) for again in shared)
 
 
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+def test_decode_into_rows_of_others(choice: Choice) -> None:
+    k, v, tables, lens = batch(LENS, 2, 64, torch.float32)
+    q, into = torch.randn(len(LENS), 4, 64), torch.randn(len(LENS), 4, 64)
+    before = into.clone()
+    with force(choice):
+        expected = decode(q, k, v, tables, lens, scale=0.1)
+        out = decode(q, k, v, tables, lens, scale=0.1, into=into)
+    assert out.data_ptr() == into.data_ptr()
+    assert torch.equal(out[lens > 0], expected[lens > 0]) and torch.equal(out[lens == 0], before[lens == 0])
+
+
 @pytest.mark.parametrize("dim", [96, 128, 256])
 def test_large_heads(dim: int) -> None:
     k, v, tables, lens = batch([19, 50], 1, dim, torch.float32)
