@@ -20,7 +20,7 @@ from tests.streams import Streams, driver_pid, rank_pids, started, undisturbed
 
 pytestmark = pytest.mark.ray
 
-PATIENCE_S = 3.0
+PATIENCE_S = 2.0
 """How long a rank without a driver waits for another in the test of that: enough on a slow machine to name one."""
 
 
