@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from scripts.chaos import parse
 from scripts.chaos_site import REPOSITORY
 
 KINDS = [f"{how}, {what}" for how in ("HTTP", "handle") for what in ("greedy", "sampled", "sampled, n = 2")]
