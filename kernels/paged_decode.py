@@ -168,10 +168,8 @@ def _decode_kernel(
         out_ptrs = out + seq.to(tl.int64) * stride_ob + (h * GROUP + row)[:, None] * stride_oh + d[None, :]
         if take == num_tiles:
             value = acc / tl.maximum(l, 1e-30)[:, None]
-            written = row < GROUP
-            if KEEP_EMPTY:
-                written = written & (context_len > 0)
-            tl.store(out_ptrs, value.to(out.dtype.element_ty), mask=written[:, None] & in_d[None, :])
+            rows = tl.minimum(context_len, 1) * GROUP if KEEP_EMPTY else GROUP
+            tl.store(out_ptrs, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & in_d[None, :])
         else:
             slot = (g * 2 + 1 - is_first_segment) * HKV + h
             ml_ptrs = partial_ml + slot * 2 * G_OUT + row
