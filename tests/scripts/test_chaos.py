@@ -14,6 +14,16 @@ from scripts.chaos_site import REPOSITORY
 KINDS = [f"{how}, {what}" for how in ("HTTP", "handle") for what in ("greedy", "sampled", "sampled, n = 2")]
 
 
+def test_a_choice_of_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["--faults", "flood,rank killed"]).faults == ["flood", "rank killed"]
+    assert parse(["--roll"]).faults == ["configuration rolled"]
+    alone, several = parse([]).faults, parse(["--replicas", "2"]).faults
+    assert set(several) - set(alone) == {"replica killed"} and len(alone) == 8
+    with pytest.raises(SystemExit):
+        parse(["--faults", "flood,earthquake"])
+    assert "got earthquake, allowed: rank killed, " in capsys.readouterr().err
+
+
 @pytest.mark.serve
 @pytest.mark.timeout(900)
 def test_nothing_is_lost() -> None:
