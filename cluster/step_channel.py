@@ -36,7 +36,7 @@ class StepChannel(Protocol):
     """The driver's end, to all ranks."""
 
     def tickets(self, node_ids: list[str]) -> list[Ticket | None]:
-        """For each rank what `open_link` needs on its node; None: the rank gets its plans by actor calls."""
+        """For each rank what `SocketLink.open` needs on its node; None: the rank gets its plans by actor calls."""
         ...
 
     def wait_ready(self, timeout_s: float) -> bool:

@@ -12,13 +12,14 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from cluster.messages import DriverHealth, error_of
 from cluster.recovery import RETRY_AFTER_S
 from deployments.admission import Admission
 from deployments.caller import Caller
 from deployments.config import AppConfig
+from deployments.engine_link import EngineClient, EngineLink
 from deployments.generation import Batch, Generation
 from engine.errors import EngineUnavailable, MantaError, PromptTooLong, RequestError, ResourcesMissing
 from engine.model_config import ModelConfig
@@ -38,41 +39,6 @@ LONG_TEXT_CHARS = 8192
 T = TypeVar("T")
 
 
-class EngineClient(Protocol):
-    """What the service needs of an engine that runs somewhere else. Outputs arrive at `ModelService.deliver`."""
-
-    def submit(self, request: Request) -> None:
-        """Hand a request over. A refusal comes as outputs with finish_reason "error". Raises EngineUnavailable."""
-        ...
-
-    def abort(self, request_id: str, index: int | None = None) -> None:
-        """End a request, or one sample of it, and free its blocks. No effect when it is unknown."""
-        ...
-
-    async def stats(self) -> dict[str, Any]:
-        """The engine's counters and gauges now, by name. Raises EngineUnavailable."""
-        ...
-
-    async def picture(self) -> dict[str, Any]:
-        """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""
-        ...
-
-    async def health(self) -> DriverHealth:
-        """What the engine knows of itself. Raises EngineUnavailable when it does not answer."""
-        ...
-
-
-class _Link:
-    """The engine there is now, shared by all who see the service."""
-
-    def __init__(self) -> None:
-        self.client: EngineClient | None = None
-        self.failure: str | None = None
-        """Why there is no engine, when none could be brought back."""
-        self.missing = ""
-        """What the cluster must get before there can be one."""
-
-
 class ModelService:
     """Serves one loaded model. Everything but `deliver`'s caller runs on one event loop, and so does that."""
 
@@ -86,7 +52,7 @@ class ModelService:
         self.vocab_size = vocab_size
         self.sampling_defaults = dict(sampling_defaults)
         self.started_s = time.time()
-        self._link = _Link()
+        self._link = EngineLink()
         self._caller = Caller()
         self._admission = Admission(config.max_waiting_requests, config.max_waiting_tokens)
         self._outputs = OutputProcessor(tokenizer)
@@ -102,11 +68,11 @@ class ModelService:
 
     def attach(self, client: EngineClient) -> None:
         """Send requests to `client` from now on."""
-        self._link.client, self._link.failure, self._link.missing = client, None, ""
+        self._link.attach(client)
 
     def detach(self) -> None:
         """No engine: new requests are refused with EngineUnavailable, held ones wait."""
-        self._link.client = None
+        self._link.detach()
 
     def deliver(self, outputs: Sequence[SequenceOutput]) -> None:
         """Take one step's outputs of all requests of this process."""
@@ -120,8 +86,7 @@ class ModelService:
                 self._admission.started(delta.request_id)
                 generation.push(delta)
         for request_id, index in processed.aborts:
-            if self._link.client is not None:
-                self._link.client.abort(request_id, index)
+            self._link.abort(request_id, index)
         for result in processed.finished:
             generation = self._generations.get(result.request_id)
             if generation is not None:
@@ -132,31 +97,22 @@ class ModelService:
         requests = [r for r in map(self._outputs.resumed, list(self._generations)) if r is not None]
         for request in requests:
             try:
-                self._engine().submit(request)
+                self._link.engine().submit(request)
             except MantaError as error:
                 self._generations[request.request_id].fail(error)
         return len(requests)
 
     async def stats(self) -> dict[str, Any]:
         """The engine's counters now. Raises EngineUnavailable."""
-        return await self._engine().stats()
+        return await self._link.engine().stats()
 
     async def picture(self) -> dict[str, Any]:
         """What every block and request is doing; see engine.picture. Raises EngineUnavailable."""
-        return {"model": self.name, **await self._engine().picture()}
+        return {"model": self.name, **await self._link.engine().picture()}
 
     async def health(self) -> DriverHealth:
         """What the engine knows of itself; "failed" when it does not answer or could not be brought back."""
-        if self._link.client is None:
-            return DriverHealth(
-                "failed" if self._link.failure else "recovering",
-                self._link.failure or "the engine is started again",
-                waiting_for=self._link.missing,
-            )
-        try:
-            return await self._link.client.health()
-        except EngineUnavailable as error:
-            return DriverHealth("failed", str(error))
+        return await self._link.health()
 
     def lacks(self, missing: str) -> None:
         """The engine cannot be started before the cluster has this; empty: it can.
@@ -171,8 +127,7 @@ class ModelService:
 
     def fail(self, reason: str) -> None:
         """There is no engine: every held request fails, and so does every new one until another is attached."""
-        self._link.client = None
-        self._link.failure = reason
+        self._link.detach(reason)
         for generation in list(self._generations.values()):
             generation.fail(EngineUnavailable(f"the engine is gone: {reason}"))
 
@@ -192,11 +147,6 @@ class ModelService:
     def num_unfinished(self) -> int:
         """Requests of this process that somebody waits for."""
         return len(self._generations)
-
-    @property
-    def available(self) -> bool:
-        """There is an engine; it may be starting its ranks again."""
-        return self._link.client is not None
 
     @property
     def num_waiting(self) -> int:
@@ -283,7 +233,7 @@ class ModelService:
         A request id already in use gets a suffix. timeout_s is a deadline beside the caller's and the configured one.
         Raises RequestError, EngineOverloaded or EngineUnavailable.
         """
-        engine = self._engine()
+        engine = self._link.engine()
         self.check_room(len(prompt_token_ids))
         tenant = self._caller.tenant
         request_id = request_id or secrets.token_hex(8)
@@ -359,21 +309,14 @@ class ModelService:
         """Forget a generation, and abort it when it still runs."""
         unfinished = generation.request_id in self._outputs
         self._forget(generation.request_id)
-        if unfinished and self._link.client is not None:
-            self._link.client.abort(generation.request_id)
+        if unfinished:
+            self._link.abort(generation.request_id)
         _log_end(generation)
 
     def _forget(self, request_id: str) -> None:
         self._outputs.discard(request_id)
         self._admission.discard(request_id)
         self._generations.pop(request_id, None)
-
-    def _engine(self) -> EngineClient:
-        if self._link.missing:
-            raise ResourcesMissing(self._link.missing, retry_after_s=RETRY_AFTER_S)
-        if self._link.client is None:
-            raise EngineUnavailable(self._link.failure or "the engine is not running; it is being started again")
-        return self._link.client
 
     def _fit(self, num_prompt_tokens: int, params: SamplingParams) -> SamplingParams:
         """Refuse what the context cannot hold."""
