@@ -4,7 +4,7 @@
 //   D       head size, 64 or 128
 //   KEYS    keys of a tile
 //   BLOCK   tokens of a cache block; KEYS is a multiple of it
-//   STAGES  tiles of K, and tiles of V, in flight
+//   Q_STAGES, K_STAGES, V_STAGES  pieces' queries, and tiles of K and V, in flight
 //   WINDOW  whether there is a sliding window
 //   TURNS   whether the consumers take turns at the matrix units
 //   HALF    float16; otherwise bfloat16
@@ -25,21 +25,30 @@ constexpr float SLACK = 8.0f;         // m may lag by this: p stays under 2^SLAC
 enum { TURN = 1, GROUP = TURN + GROUPS };  // named barriers, one of each a warpgroup
 
 // In shared memory, from its first multiple of 1,024 on.
-constexpr u32 Q_AT = 0, K_AT = Q_AT + Q_BYTES, V_AT = K_AT + STAGES * TILE_BYTES, PIECE_AT = V_AT + STAGES * TILE_BYTES;
-constexpr u32 Q_FULL = PIECE_AT + 32, Q_EMPTY = Q_FULL + 8, K_FULL = Q_EMPTY + 8, K_EMPTY = K_FULL + 8 * STAGES;
-constexpr u32 V_FULL = K_EMPTY + 8 * STAGES, V_EMPTY = V_FULL + 8 * STAGES;
+constexpr u32 Q_AT = 0, K_AT = Q_AT + Q_STAGES * Q_BYTES, V_AT = K_AT + K_STAGES * TILE_BYTES;
+constexpr u32 PIECE_AT = V_AT + V_STAGES * TILE_BYTES, Q_FULL = PIECE_AT + 32 * Q_STAGES;  // a piece is two int4
+constexpr u32 Q_EMPTY = Q_FULL + 8 * Q_STAGES, K_FULL = Q_EMPTY + 8 * Q_STAGES, K_EMPTY = K_FULL + 8 * K_STAGES;
+constexpr u32 V_FULL = K_EMPTY + 8 * K_STAGES, V_EMPTY = V_FULL + 8 * V_STAGES;
 
 // V as what a product sums over the rows of: in 128-byte swizzle 8 rows are 1,024 bytes, 64 columns a panel.
 __device__ __forceinline__ u64 values_descriptor(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | ((u64)(PANEL >> 4) << 16) | (64ull << 32) | (1ull << 62);
 }
 
-// Where a ring of stages is, and the parity that its barrier is waited for with.
-struct Ring {
-  u32 slot, phase;
+// A ring of stages: where in it a warp is, and the parity that it waits with there. FULL, EMPTY: its barriers.
+template <int STAGES, u32 FULL, u32 EMPTY> struct Ring {
+  u32 at, phase, slot;
 
+  __device__ __forceinline__ u32 full() const { return at + FULL + 8 * slot; }
+  __device__ __forceinline__ u32 empty() const { return at + EMPTY + 8 * slot; }
   __device__ __forceinline__ void advance() {
     if (++slot == STAGES) slot = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ void make() const {
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(at + FULL + 8 * i, 1);
+      barrier_init(at + EMPTY + 8 * i, 4 * GROUPS);
+    }
   }
 };
 
@@ -90,16 +99,14 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
   const u32 at = (address_of(memory) + 1023) & ~1023u;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, or setmaxnreg is ignored
   const int lane = threadIdx.x % 32;
+  // Who fills the stages need not wait the first time around: a barrier's phase before its first has parity 1.
+  const u32 parity = group == GROUPS;
+  Ring<Q_STAGES, Q_FULL, Q_EMPTY> q{at, parity, 0};
+  Ring<K_STAGES, K_FULL, K_EMPTY> k{at, parity, 0};
+  Ring<V_STAGES, V_FULL, V_EMPTY> v{at, parity, 0};
 
   if (threadIdx.x == 0) {
-    barrier_init(at + Q_FULL, 1);
-    barrier_init(at + Q_EMPTY, 4 * GROUPS);
-    for (int i = 0; i < STAGES; i++) {
-      barrier_init(at + K_FULL + 8 * i, 1);
-      barrier_init(at + V_FULL + 8 * i, 1);
-      barrier_init(at + K_EMPTY + 8 * i, 4 * GROUPS);
-      barrier_init(at + V_EMPTY + 8 * i, 4 * GROUPS);
-    }
+    q.make(), k.make(), v.make();
     barrier_inits_fence();
   }
   __syncthreads();
@@ -110,23 +117,22 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
     leave_registers<40>();
     if (threadIdx.x < CONSUMERS + 32) {
       Schedule work{cu_seqlens_q, num_seqs, heads, 0, 0};
-      Ring k{0, 1}, v{0, 1};
-      u32 q_phase = 1;
       int column = 0;
       // A tile of K or V; each lane knows where in the cache a block of it begins, and one loads them all.
-      auto load = [&](const TensorMap& map, u32 tiles, u32 full, u32 empty, Ring& ring, int row) {
-        barrier_wait(empty + 8 * ring.slot, ring.phase);
+      auto load = [&](const TensorMap& map, u32 tiles, auto& ring, int row) {
+        barrier_wait(ring.empty(), ring.phase);
         int rows[BLOCKS];
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) rows[i] = __shfl_sync(~0u, row, i);
         if (one_lane()) {
-          const u32 bar = full + 8 * ring.slot, to = tiles + ring.slot * TILE_BYTES;
-          barrier_expect(bar, TILE_BYTES);
+          const u32 to = at + tiles + ring.slot * TILE_BYTES;
+          barrier_expect(ring.full(), TILE_BYTES);
 #pragma unroll
           for (int i = 0; i < BLOCKS; i++)
 #pragma unroll
             for (int panel = 0; panel < PANELS; panel++)
-              load_tile(to + panel * PANEL + i * (BLOCK * 128), &map, bar, column + 64 * panel, rows[i], policy);
+              load_tile(to + panel * PANEL + i * (BLOCK * 128), &map, ring.full(), column + 64 * panel, rows[i],
+                        policy);
         }
         __syncwarp();
         ring.advance();
@@ -147,32 +153,35 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
         };
         column = work.head / group_heads * D;
         int v_row = row_of(first);
-        load(map_k, at + K_AT, at + K_FULL, at + K_EMPTY, k, v_row);
-        barrier_wait(at + Q_EMPTY, q_phase);
+        barrier_wait(q.empty(), q.phase);
         if (one_lane()) {
-          *shared_pointer<int4>(at + PIECE_AT) = make_int4(work.start + row, work.num_new - row, work.head, position);
-          *shared_pointer<int4>(at + PIECE_AT + 16) = make_int4(first, last, context, 0);
-          barrier_expect(at + Q_FULL, Q_BYTES);
+          int4* to = shared_pointer<int4>(at + PIECE_AT + 32 * q.slot);
+          to[0] = make_int4(work.start + row, work.num_new - row, work.head, position);
+          to[1] = make_int4(first, last, context, 0);
+          barrier_expect(q.full(), Q_BYTES);
 #pragma unroll
           for (int panel = 0; panel < PANELS; panel++)
-            load_tile(at + Q_AT + panel * Q_PANEL, &map_q, at + Q_FULL, work.head * D + 64 * panel, work.start + row, policy);
+            load_tile(at + Q_AT + q.slot * Q_BYTES + panel * Q_PANEL, &map_q, q.full(), work.head * D + 64 * panel,
+                      work.start + row, policy);
         }
-        q_phase ^= 1;
+        __syncwarp();
+        q.advance();
+        load(map_k, K_AT, k, v_row);
         for (int n = first - 1; n >= last; n--) {
           const int k_row = row_of(n);
-          load(map_k, at + K_AT, at + K_FULL, at + K_EMPTY, k, k_row);
-          load(map_v, at + V_AT, at + V_FULL, at + V_EMPTY, v, v_row);
+          load(map_k, K_AT, k, k_row);
+          load(map_v, V_AT, v, v_row);
           v_row = k_row;
         }
-        load(map_v, at + V_AT, at + V_FULL, at + V_EMPTY, v, v_row);
+        load(map_v, V_AT, v, v_row);
         piece = gridDim.x + __shfl_sync(~0u, next, 0);
       }
       // As many take a piece, or find none, as there are pieces: the last of them sets the counter back.
       if (lane == 0 && piece - (int)gridDim.x == work.passed - 1) *taken = 0;
-      barrier_wait(at + Q_EMPTY, q_phase);
+      barrier_wait(q.empty(), q.phase);
       if (lane == 0) {
-        *shared_pointer<int4>(at + PIECE_AT) = make_int4(0, 0, 0, 0);
-        barrier_arrive(at + Q_FULL);
+        *shared_pointer<int4>(at + PIECE_AT + 32 * q.slot) = make_int4(0, 0, 0, 0);
+        barrier_arrive(q.full());
       }
     }
   } else {
@@ -185,14 +194,13 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
          i += gridDim.x * CONSUMERS)
       ((uint4*)out)[i < (long long)begin * row_uint4s ? i : i + (long long)gap * row_uint4s] = make_uint4(0, 0, 0, 0);
 
-    Ring k{0, 0}, v{0, 0};
     float s[KEYS / 2], o[D / 2], m[2], l[2];
     u32 p[KEYS / 4];
     auto release = [&](u32 bar) {
       if (lane == 0) barrier_arrive(bar);
     };
     auto begin_scores = [&]() {
-      const u64 a = matrix_descriptor(at + Q_AT + group * (64 * 128));
+      const u64 a = matrix_descriptor(at + Q_AT + q.slot * Q_BYTES + group * (64 * 128));
       const u64 b = matrix_descriptor(at + K_AT + k.slot * TILE_BYTES);
       hold(s);
       wgmma_fence();
@@ -211,9 +219,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
     };
 
     if (TURNS && group == 1) named_arrive(TURN, CONSUMERS);
-    for (u32 q_phase = 0;; q_phase ^= 1) {
-      barrier_wait(at + Q_FULL, q_phase);
-      const int4 where = *shared_pointer<int4>(at + PIECE_AT), keys = *shared_pointer<int4>(at + PIECE_AT + 16);
+    for (;; q.advance()) {
+      barrier_wait(q.full(), q.phase);
+      const int4* piece = shared_pointer<int4>(at + PIECE_AT + 32 * q.slot);
+      const int4 where = piece[0], keys = piece[1];
       const int rows = where.y, first = keys.x, last = keys.y, context = keys.z;
       if (rows == 0) break;
       const int position = where.w + row, low = where.w + group * 64;  // of this thread's and the group's first row
@@ -238,7 +247,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
         for (int h = 0; h < 2; h++) {
           float top = s[2 * h], other = s[2 * h + 1];
 #pragma unroll
-          for (int e = 1; e < KEYS / 8; e++) top = fmaxf(top, s[4 * e + 2 * h]), other = fmaxf(other, s[4 * e + 2 * h + 1]);
+          for (int e = 1; e < KEYS / 8; e++)
+            top = fmaxf(top, s[4 * e + 2 * h]), other = fmaxf(other, s[4 * e + 2 * h + 1]);
           top = fmaxf(top, other);
           top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
           top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * scale;
@@ -269,16 +279,16 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
       for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
       m[0] = m[1] = NOTHING, l[0] = l[1] = 0.0f;
 
-      barrier_wait(at + K_FULL + 8 * k.slot, k.phase);
+      barrier_wait(k.full(), k.phase);
       begin_scores();
       wgmma_wait<0>();
       hold(s);
-      release(at + K_EMPTY + 8 * k.slot);
-      if (first == last) release(at + Q_EMPTY);
+      release(k.empty());
+      if (first == last) release(q.empty());
       k.advance();
       soften(first);
       take_over();
-      barrier_wait(at + V_FULL + 8 * v.slot, v.phase);
+      barrier_wait(v.full(), v.phase);
       // Rows past the context may hold anything, and 0 times that need not be 0. Each group clears them for itself.
       if ((first + 1) * KEYS > context) {
         const u32 from = at + V_AT + v.slot * TILE_BYTES + (context - first * KEYS) * 128;
@@ -291,23 +301,23 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
         named_sync(GROUP + group, 128);
       }
       for (int n = first - 1; n >= last; n--) {
-        barrier_wait(at + K_FULL + 8 * k.slot, k.phase);
+        barrier_wait(k.full(), k.phase);
         if (TURNS) named_sync(TURN + group, CONSUMERS);
         begin_scores();
         begin_values();
         if (TURNS) named_arrive(TURN + 1 - group, CONSUMERS);
         wgmma_wait<1>();
         hold(s);
-        release(at + K_EMPTY + 8 * k.slot);
-        if (n == last) release(at + Q_EMPTY);
+        release(k.empty());
+        if (n == last) release(q.empty());
         k.advance();
         soften(n);
         hold(s);
         // The next V is waited for here so that there is a branch between the softmax and the end of the product that
         // it is to overlap: the assembler would move that up.
-        const u32 used = at + V_EMPTY + 8 * v.slot;
+        const u32 used = v.empty();
         v.advance();
-        barrier_wait(at + V_FULL + 8 * v.slot, v.phase);
+        barrier_wait(v.full(), v.phase);
         wgmma_wait<0>();
         hold(o), hold(p);
         release(used);
@@ -316,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
       begin_values();
       wgmma_wait<0>();
       hold(o);
-      release(at + V_EMPTY + 8 * v.slot);
+      release(v.empty());
       v.advance();
 
 #pragma unroll
@@ -326,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
         const float share = 1.0f / l[h];
         half_bits* to = out + ((long long)(where.x + row + 8 * h) * heads + where.z) * D;
 #pragma unroll
-        for (int e = 0; e < D / 8; e += 4) {  // four lanes turn 4 runs of 8 columns so that each stores one of them whole
+        for (int e = 0; e < D / 8; e += 4) {  // four lanes turn 4 runs of 8 columns so that each stores a whole one
           u32 w[4];
 #pragma unroll
           for (int i = 0; i < 4; i++) w[i] = pack(o[4 * (e + i) + 2 * h] * share, o[4 * (e + i) + 2 * h + 1] * share);

@@ -58,19 +58,24 @@ class Variant:
         return self.config.keys * self.head_dim * 2
 
     @property
-    def stages(self) -> int:
-        """As many as shared memory holds, beside the queries, the barriers and the alignment."""
-        return min(4, (SHARED_BYTES - 2048 - self.q_bytes) // (2 * self.tile_bytes))
+    def stages(self) -> tuple[int, int, int]:
+        """Of queries, of K and of V: as many as shared memory holds, beside the barriers and the alignment."""
+        wanted = ((2, 4, 4), (2, 2, 3), (2, 2, 2), (1, 2, 2))
+        return next(stages for stages in wanted if self._shared_bytes(*stages) <= SHARED_BYTES)
+
+    def _shared_bytes(self, q: int, k: int, v: int) -> int:
+        return 1024 + q * (self.q_bytes + 48) + (k + v) * (self.tile_bytes + 16)
 
     @property
     def shared_bytes(self) -> int:
-        return 1024 + self.q_bytes + 2 * self.stages * self.tile_bytes + 48 + 32 * self.stages
+        return self._shared_bytes(*self.stages)
 
     def source(self) -> str:
         """The kernel's text, whole."""
         assert self.config.keys % self.block_size == 0 and self.config.keys <= 12 * self.block_size
         values = {
-            "D": self.head_dim, "KEYS": self.config.keys, "BLOCK": self.block_size, "STAGES": self.stages,
+            "D": self.head_dim, "KEYS": self.config.keys, "BLOCK": self.block_size,
+            **dict(zip(("Q_STAGES", "K_STAGES", "V_STAGES"), self.stages, strict=True)),
             "WINDOW": int(self.window), "TURNS": int(self.config.take_turns), "HALF": int(self.half),
         }  # fmt: skip
         return kernel_text("prefill_hopper", values, self.config.keys, self.head_dim)

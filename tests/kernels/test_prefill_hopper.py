@@ -110,7 +110,7 @@ def test_the_kernel_run_on_a_cpu(
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_variants_fit_the_chip(variant: Variant) -> None:
     kernel = variant_kernel(variant)
-    assert 2 <= variant.stages <= 4 and kernel.shared_bytes <= SHARED_BYTES
+    assert min(variant.stages[1:]) >= 2 and kernel.shared_bytes <= SHARED_BYTES
     # The swizzle's pattern repeats every 8 rows of 128 bytes; tiles, their panels and each cache block start with it.
     assert variant.q_bytes % 1024 == variant.tile_bytes % 1024 == variant.block_size * 128 % 1024 == 0
     # Scores, probabilities in half the registers, and output: of the 232 registers of a consumer's thread.
