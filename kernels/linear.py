@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import linear_few
+from kernels import linear_few, linear_hopper
 from kernels.activation import silu_and_mul
 from kernels.hopper import why_not
 from kernels.launch import num_multiprocessors
@@ -59,6 +59,37 @@ def norm_linear_silu_and_mul(x: Tensor, norm_weight: Tensor, eps: float, weight:
 def linear_silu_and_mul(x: Tensor, weight: Tensor) -> Tensor:
     """silu(x @ gate) * (x @ up) of x [M, K] and weight [2I, K], the gate's rows first -> [M, I]."""
     return silu_and_mul(F.linear(x, weight))
+
+
+@kernel
+def linear_add_for_norm(
+    x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """linear_add, and what is left of an RMSNorm of it when its scale is applied later.
+
+    Returns (the new residual stream [M, N], it times norm_weight, its square sums [parts, M] float32).
+    """
+    total = F.linear(x, weight) + residual
+    return total, total * norm_weight, total.float().pow(2).sum(-1)[None]
+
+
+@kernel
+def scaled_linear(
+    x: Tensor, square_sums: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """norm_linear of a stream of which x and square_sums are linear_add_for_norm's; rounding differs by the order."""
+    return F.linear(_scaled(x, square_sums, eps), weight, bias)
+
+
+@kernel
+def scaled_linear_silu_and_mul(x: Tensor, square_sums: Tensor, eps: float, weight: Tensor) -> Tensor:
+    """norm_linear_silu_and_mul of a stream of which x and square_sums are linear_add_for_norm's."""
+    return silu_and_mul(F.linear(_scaled(x, square_sums, eps), weight))
+
+
+def _scaled(x: Tensor, square_sums: Tensor, eps: float) -> Tensor:
+    scale = torch.rsqrt(square_sums.sum(0) / x.shape[1] + eps)
+    return (x.float() * scale[:, None]).to(x.dtype)
 
 
 def _why_not_product(operation: str, x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
@@ -112,6 +143,27 @@ def _why_not_gated(x: Tensor, weight: Tensor) -> str | None:
     return _why_not_product("linear_silu_and_mul", x, weight)
 
 
+def _why_not_for_norm(x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor) -> str | None:
+    reason = _why_not_linear_add(x, weight, residual) or _why_not_norms(x, "linear_add", weight)
+    return reason or ("a norm's weight of another type" if norm_weight.dtype != x.dtype else None)
+
+
+def _why_not_scaled(
+    x: Tensor, square_sums: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None  # noqa: ARG001
+) -> str | None:  # fmt: skip
+    return _why_not_product("linear", x, weight, bias) or _why_not_norms(x, "linear", weight)
+
+
+def _why_not_scaled_gated(x: Tensor, square_sums: Tensor, eps: float, weight: Tensor) -> str | None:  # noqa: ARG001
+    return _why_not_product("linear_silu_and_mul", x, weight) or _why_not_norms(x, "linear_silu_and_mul", weight)
+
+
+def _why_not_norms(x: Tensor, operation: str, weight: Tensor) -> str | None:
+    if not linear_hopper.NORMS_JOIN_IN or not isinstance(_find(operation, x, weight), HopperConfig):
+        return "norms join in with Hopper's large products only"
+    return "a float16 residual stream may overflow before it is normalised" if x.dtype == torch.float16 else None
+
+
 def _config(operation: str, x: Tensor, weight: Tensor) -> Any:
     config = _find(operation, x, weight)
     assert config is not None
@@ -145,3 +197,25 @@ def _norm_linear_silu_and_mul_triton(x: Tensor, norm_weight: Tensor, eps: float,
 @linear_silu_and_mul.triton(supports=_why_not_gated)
 def _linear_silu_and_mul_triton(x: Tensor, weight: Tensor) -> Tensor:
     return _config("linear_silu_and_mul", x, weight).product(x, weight, act="silu")
+
+
+@linear_add_for_norm.triton(supports=_why_not_for_norm)
+def _linear_add_for_norm_fast(
+    x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    found: tuple[Tensor, Tensor, Tensor]
+    found = _config("linear_add", x, weight).product_for_norm(x, weight, residual, norm_weight)
+    return found
+
+
+@scaled_linear.triton(supports=_why_not_scaled)
+def _scaled_linear_fast(
+    x: Tensor, square_sums: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    return _config("linear", x, weight).product(x, weight, bias=bias, square_sums=square_sums, eps=eps)
+
+
+@scaled_linear_silu_and_mul.triton(supports=_why_not_scaled_gated)
+def _scaled_linear_silu_and_mul_fast(x: Tensor, square_sums: Tensor, eps: float, weight: Tensor) -> Tensor:
+    config = _config("linear_silu_and_mul", x, weight)
+    return config.product(x, weight, act="silu", square_sums=square_sums, eps=eps)

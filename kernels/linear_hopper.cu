@@ -8,6 +8,10 @@
 //   CM, CN   a cluster is CM * CN blocks, side by side along the rows and the columns: blocks of one row of the cluster
 //            share a tile of x, those of one column a tile of the weight; each loads its part for all of them
 //   HALF     float16; otherwise bfloat16
+//   NORMED   x was multiplied by an RMSNorm's weight, but not by its scale: rows of the result are, from the sums of squares
+//            of which the columns' owners left a part each in `square_sums` [parts, rows]
+//   NORMS    the result, the new residual stream, is left so for the next product: times the norm's weight in `normed`, and
+//            the sums of squares of this block's columns
 //
 // One warp loads (bulk tensor copies that complete on mbarriers), the warpgroups multiply. With 2 or 4 splits the K range
 // of a tile is cut; each split then adds up its share of the tile's columns from what the others left in `partial`, in
@@ -49,10 +53,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
     const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w, half_bits* out,
     const half_bits* bias, const half_bits* residual, float4* partial, u32* arrived, long long stride_out,
     long long stride_residual, int rows, int columns, int steps, int tiles_m, int tiles_n, int splits,
-    u64 policy_x, u64 policy_w) {
+    u64 policy_x, u64 policy_w, const float* square_sums, int parts, int size, float eps, const half_bits* next_norm,
+    half_bits* normed, float* next_square_sums) {
   extern __shared__ char memory[];
   const u32 stages = (address_of(memory) + 1023) & ~1023u;
   const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
+  const u32 scales = empty + 8 * STAGES;  // of the tile's rows
   const u32 rank = cluster_rank();
   const int block_m = CN == 1 ? rank : rank / CN, block_n = CN == 1 ? 0 : rank % CN;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, or setmaxnreg is ignored
@@ -121,6 +127,19 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
           if (++slot == STAGES) slot = 0, phase ^= 1;
         }
       }
+    } else if (NORMED && threadIdx.x >= CONSUMERS + 32) {
+      wait_for_last();
+      for (int item = first_item; item < work.count(); item += num_clusters) {
+        work.go(item);
+        for (int i = threadIdx.x - CONSUMERS - 32; i < ROWS; i += 96) {
+          const int row = (work.m * CM + block_m) * ROWS + i;
+          float sum = 0;
+          for (int part = 0; row < rows && part < parts; part++) sum += __ldcg(square_sums + part * rows + row);
+          store_shared(scales + 4 * i, rsqrtf(sum / size + eps));
+        }
+        named_sync(2, CONSUMERS + 96);  // they are there
+        named_sync(3, CONSUMERS + 96);  // they are read
+      }
     }
     __syncwarp();
     cluster_sync();  // none leaves while another may still arrive at its barriers
@@ -169,6 +188,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
 
       const int row = row0 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8
       const int column0 = (work.n * CN + block_n) * OUT_WIDTH;
+      if (NORMED) {
+        named_sync(2, CONSUMERS + 96);
+        const u32 mine = scales + (threadIdx.x / 32 * 16 + lane / 4) * 4;
+        const float scale[2] = {*shared_pointer<float>(mine), *shared_pointer<float>(mine + 32)};
+#pragma unroll
+        for (int i = 0; i < WIDTH / 2; i++) acc[i] *= scale[i / 2 % 2];
+        named_sync(3, CONSUMERS + 96);
+      }
 
       // Add what comes after the product to runs [begin, end) of 8 columns, and store them.
       auto finish = [&](int begin, int end) {
@@ -184,7 +211,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           const bool in_rows = row + 8 * h < rows;
-          half_bits* to = out + (row + 8 * h) * stride_out;
           if (!GATED && residual != nullptr && in_rows) {
             const half_bits* from = residual + (row + 8 * h) * stride_residual;
 #pragma unroll
@@ -199,26 +225,44 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
             if (!GATED) return pack(a, b);
             return pack(silu(a) * acc[WIDTH / 4 + 4 * e + 2 * h], silu(b) * acc[WIDTH / 4 + 4 * e + 2 * h + 1]);
           };
+          auto store = [&](half_bits* to, auto value) {
 #pragma unroll
-          for (int e = begin; e + 4 <= end; e += 4) {  // four lanes turn 4 runs so that each stores one of them whole
-            u32 w[4] = {value(e), value(e + 1), value(e + 2), value(e + 3)};
+            for (int e = begin; e + 4 <= end; e += 4) {  // four lanes turn 4 runs so that each stores one of them whole
+              u32 w[4] = {value(e), value(e + 1), value(e + 2), value(e + 3)};
 #pragma unroll
-            for (int bit = 1; bit <= 2; bit *= 2)
+              for (int bit = 1; bit <= 2; bit *= 2)
 #pragma unroll
-              for (int i = 0; i < 4; i++)
-                if (!(i & bit)) {
-                  const bool high = quad & bit;
-                  const u32 got = __shfl_xor_sync(~0u, high ? w[i] : w[i + bit], bit);
-                  if (high) w[i] = got;
-                  else w[i + bit] = got;
-                }
-            const int column = column0 + 8 * (e + quad);
-            if (in_rows && column < columns) *(uint4*)(to + column) = make_uint4(w[0], w[1], w[2], w[3]);
-          }
+                for (int i = 0; i < 4; i++)
+                  if (!(i & bit)) {
+                    const bool high = quad & bit;
+                    const u32 got = __shfl_xor_sync(~0u, high ? w[i] : w[i + bit], bit);
+                    if (high) w[i] = got;
+                    else w[i + bit] = got;
+                  }
+              const int column = column0 + 8 * (e + quad);
+              if (in_rows && column < columns) *(uint4*)(to + column) = make_uint4(w[0], w[1], w[2], w[3]);
+            }
 #pragma unroll
-          for (int e = end - (end - begin) % 4; e < end; e++) {
-            const int column = column0 + 8 * e + 2 * quad;
-            if (in_rows && column < columns) *(u32*)(to + column) = value(e);
+            for (int e = end - (end - begin) % 4; e < end; e++) {
+              const int column = column0 + 8 * e + 2 * quad;
+              if (in_rows && column < columns) *(u32*)(to + column) = value(e);
+            }
+          };
+          store(out + (row + 8 * h) * stride_out, value);
+          if (NORMS) {
+            float sum = 0;
+            store(normed + (row + 8 * h) * (long long)columns, [&](int e) -> u32 {
+              const int column = column0 + 8 * e + 2 * quad;
+              if (column >= columns) return 0;
+              const u32 two = value(e), scale = __ldg((const u32*)(next_norm + column));
+              const float low = widen((half_bits)two), high = widen((half_bits)(two >> 16));
+              sum += low * low + high * high;
+              return pack(low * widen((half_bits)scale), high * widen((half_bits)(scale >> 16)));
+            });
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            const int part = (work.n * CN + block_n) * splits + work.split;
+            if (quad == 0 && in_rows) next_square_sums[part * rows + row + 8 * h] = sum;
           }
         }
       };

@@ -20,6 +20,8 @@ from kernels.cuda_source import CudaKernel, tensor_map
 from kernels.hopper import DEPTH, FIRST_OUT, KEPT, SHARED_BYTES, kernel_text
 from kernels.launch import compile_in_rehearsal, dependent_launch, num_multiprocessors
 
+NORMS_JOIN_IN = False
+"""Whether kernels.linear lets norms join in: not until that has been checked and timed on a GPU."""
 MAX_TILES = 4096
 LEAST_GATED_SHARE, LEAST_SHARE = 0.6, 0.35
 """Of the matrix units' time that a product must use, by the estimate of `_cycles`, to be worth it."""
@@ -36,6 +38,8 @@ class Tile:
     cluster_n: int
     gated: bool = False
     half: bool = False
+    normed: bool = False
+    norms: bool = False
 
     @property
     def rows(self) -> int:
@@ -54,7 +58,7 @@ class Tile:
     @property
     def stages(self) -> int:
         """As many as shared memory holds, beside the barriers and the alignment."""
-        return min(8, (SHARED_BYTES - 1024 - 128) // self.stage_bytes)
+        return min(8, (SHARED_BYTES - 1024 - 128 - 256 * self.groups * self.normed) // self.stage_bytes)
 
     @property
     def parts(self) -> int:
@@ -70,6 +74,7 @@ class Tile:
         values = {
             "GROUPS": self.groups, "WIDTH": self.width, "PARTS": self.parts, "STAGES": self.stages,
             "CM": self.cluster_m, "CN": self.cluster_n, "GATED": int(self.gated), "HALF": int(self.half),
+            "NORMED": int(self.normed), "NORMS": int(self.norms),
         }  # fmt: skip
         return kernel_text("linear_hopper", values, self.width // self.parts)
 
@@ -80,7 +85,7 @@ def tile_kernel(tile: Tile) -> CudaKernel:
         tile.source(),
         "product",
         threads=128 * (tile.groups + 1),
-        shared_bytes=tile.stages * tile.stage_bytes + 1024 + 16 * tile.stages,
+        shared_bytes=tile.stages * tile.stage_bytes + 1024 + 16 * tile.stages + 256 * tile.groups * tile.normed,
         cluster=tile.cluster_m * tile.cluster_n,
     )
 
@@ -110,8 +115,8 @@ class HopperConfig:
     cluster_n: int = 1
     splits: int = 1
 
-    def tile(self, *, gated: bool, half: bool) -> Tile:
-        return Tile(self.groups, self.width, self.cluster_m, self.cluster_n, gated, half)
+    def tile(self, *, gated: bool, half: bool, normed: bool = False, norms: bool = False) -> Tile:
+        return Tile(self.groups, self.width, self.cluster_m, self.cluster_n, gated, half, normed, norms)
 
     def product(
         self,
@@ -121,11 +126,31 @@ class HopperConfig:
         bias: Tensor | None = None,
         residual: Tensor | None = None,
         act: str = "",
+        square_sums: Tensor | None = None,
+        eps: float = 0.0,
     ) -> Tensor:
-        """x [M, K] times weight [N, K] transposed, plus bias and residual; with act "silu", weight is [2N, K]."""
+        """x [M, K] times weight [N, K] transposed, plus bias and residual; with act "silu", weight is [2N, K].
+
+        square_sums [parts, M] float32: x is a residual stream times an RMSNorm's weight, and these are its sums of
+        squares, by parts: the norm's scale is applied to the result.
+        """
+        return self._launch(x, weight, bias, residual, act, square_sums, eps, None)[0]
+
+    def product_for_norm(
+        self, x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The new residual stream, x times weight plus residual; it times norm_weight [N]; its sums [parts, M]."""
+        out, scaled, square_sums = self._launch(x, weight, None, residual, "", None, 0.0, norm_weight)
+        return out, scaled, square_sums
+
+    def _launch(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, act: str,
+        square_sums: Tensor | None, eps: float, next_norm: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         gated = act == "silu"
         assert act in ("", "silu") and not (gated and (bias is not None or residual is not None or self.splits > 1))
-        tile = self.tile(gated=gated, half=x.dtype == torch.float16)
+        half = x.dtype == torch.float16
+        tile = self.tile(gated=gated, half=half, normed=square_sums is not None, norms=next_norm is not None)
         assert self.splits == 1 or tile.can_split
         kernel = tile_kernel(tile)
         rows, size = x.shape
@@ -133,10 +158,14 @@ class HopperConfig:
         out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
         if x.is_meta:
             compile_in_rehearsal("kernels.linear_hopper.product", repr(tile), kernel.compile)
-        if x.is_meta or rows == 0:
-            return out
         tiles_m, tiles_n, steps = -(-rows // tile.rows), -(-columns // tile.columns), -(-size // DEPTH)
         splits = self.splits if self.splits <= steps else 1
+        results: tuple[Tensor, ...] = (out,)
+        if next_norm is not None:
+            sums = torch.empty(tiles_n * self.cluster_n * splits, rows, dtype=torch.float32, device=x.device)
+            results = (out, torch.empty_like(out), sums)
+        if x.is_meta or rows == 0:
+            return results
         items, clusters = tiles_m * tiles_n * splits, _max_clusters(tile, x.device)
         partial = arrived = None
         if splits > 1:
@@ -157,10 +186,16 @@ class HopperConfig:
             *(integer(value) for value in (rows, columns, steps, tiles_m, tiles_n, splits)),
             ctypes.c_uint64(KEPT),
             ctypes.c_uint64(FIRST_OUT if tiles_m == 1 else KEPT),
+            pointer(square_sums.data_ptr() if square_sums is not None else None),
+            integer(square_sums.shape[0] if square_sums is not None else 0),
+            integer(size),
+            ctypes.c_float(eps),
+            pointer(next_norm.data_ptr() if next_norm is not None else None),
+            *([pointer(tensor.data_ptr()) for tensor in results[1:]] or [pointer(), pointer()]),
         ]
         blocks = min(items, clusters) * kernel.cluster
         kernel.launch(x.device, blocks, arguments, dependent=bool(dependent_launch(x)["PDL"]))
-        return out
+        return results
 
 
 # Blocks: groups, and how a cluster's lie along rows and columns. More rows than 192 share what they load of weights.

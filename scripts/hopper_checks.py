@@ -30,6 +30,7 @@ def cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
     if dtype == torch.float32 or hopper.why_not(torch.device("cuda", 0)) is not None:
         return
     yield from _products(dtype, small)
+    yield from _norms(dtype, small)
     yield from _few_products(dtype, small)
     yield from _decodes(dtype, small)
 
@@ -49,6 +50,37 @@ def _products(dtype: torch.dtype, small: bool) -> Iterator[Case]:
                 yield _product(config, x, weight, **after)
         if columns % 16 == 0:
             yield _product(HopperConfig(groups, width, cluster_m, cluster_n), x, weight, act="silu")
+
+
+def _norms(dtype: torch.dtype, small: bool) -> Iterator[Case]:
+    """A product, the norm that joins in behind it, and the next product, gated or not."""
+    fronts = (HopperConfig(2, 128, 1, 2, 2), HopperConfig(3, 96, 1, 2), HopperConfig(2, 64, 2, 2, 4))
+    behinds = (HopperConfig(2, 224, 2, 1), HopperConfig(3, 96, 1, 2, 2))
+    sizes = ((200, 520, 264),) if small else ((65, 520, 200), (257, 1000, 1032))
+    for front, behind, (rows, columns, size) in product(fronts, behinds, sizes):
+        x, residual = rand(rows, size, dtype=dtype), rand(rows, columns, dtype=dtype)
+        weight, norm = rand(columns, size, dtype=dtype) / size**0.5, torch.rand(columns, device="cuda").to(dtype) + 0.5
+        next_weight, act = rand(672, columns, dtype=dtype) / columns**0.5, "silu" if behind.splits == 1 else ""
+
+        tensors = (x, weight, residual, norm, next_weight)
+        actual, expected = partial(_around_norm, front, behind, act, *tensors), partial(_norm_definition, act, *tensors)
+        yield f"{front}, norm, {behind} {rows}x{columns}x{size}", actual, expected, dtype
+
+
+def _around_norm(
+    front: HopperConfig, behind: HopperConfig, act: str,
+    x: Tensor, weight: Tensor, residual: Tensor, norm: Tensor, next_weight: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    total, scaled, sums = front.product_for_norm(x, weight, residual, norm)
+    return [total, behind.product(scaled, next_weight, act=act, square_sums=sums, eps=1e-5)]
+
+
+def _norm_definition(
+    act: str, x: Tensor, weight: Tensor, residual: Tensor, norm: Tensor, next_weight: Tensor
+) -> list[Tensor]:  # fmt: skip
+    total = x.float() @ weight.float().T + residual.float()
+    out = rms_norm.definition(total, norm.float(), 1e-5) @ next_weight.float().T
+    return [total, activation.silu_and_mul.definition(out) if act else out]
 
 
 def _few_products(dtype: torch.dtype, small: bool) -> Iterator[Case]:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from engine.layers.norm import RMSNorm
-from kernels.linear import linear_add, norm_linear, norm_linear_silu_and_mul
+from kernels.linear import (
+    linear_add,
+    linear_add_for_norm,
+    norm_linear,
+    norm_linear_silu_and_mul,
+    scaled_linear,
+    scaled_linear_silu_and_mul,
+)
 from kernels.registry import Kernel, on_gpu
 
 
@@ -25,9 +32,12 @@ class ResidualStream:
         """To be added to the total."""
         self._source: RowParallelLinear | None = None
         """Whose ranks' partial sums are pending; None where they are summed already."""
+        self._product: tuple[Tensor, Tensor] | None = None
+        """A product, x and weight, to be added to the total: once the norm behind it is known, which may join in."""
 
     def normed(self, norm: RMSNorm) -> Tensor:
         """norm(stream)."""
+        self._add_product()
         if self._pending is None:
             return norm(self._total)
         pending, source, self._pending = self._pending, self._source, None
@@ -43,28 +53,51 @@ class ResidualStream:
 
     def into(self, norm: RMSNorm, linear: ColumnParallelLinear) -> Tensor:
         """linear(norm(stream))."""
-        if self._pending is None:
-            args = (self._total, norm.weight, norm.eps, linear.weight, linear.bias)
-            if _fused(norm_linear, *args):
-                return norm_linear(*args)  # type: ignore[no-any-return]
+        behind = (norm.eps, linear.weight, linear.bias)
+        if self._joins(norm, scaled_linear, *behind):
+            return scaled_linear(*self._unscaled(norm), *behind)  # type: ignore[no-any-return]
+        self._add_product()
+        if self._pending is None and _fused(norm_linear, self._total, norm.weight, *behind):
+            return norm_linear(self._total, norm.weight, *behind)  # type: ignore[no-any-return]
         return linear(self.normed(norm))
 
     def into_gated(self, norm: RMSNorm, linear: ColumnParallelLinear) -> Tensor:
         """silu(gate) * up, where gate and up are the halves of linear(norm(stream))."""
-        if self._pending is None and linear.bias is None:
-            args = (self._total, norm.weight, norm.eps, linear.weight)
-            if _fused(norm_linear_silu_and_mul, *args):
-                return norm_linear_silu_and_mul(*args)  # type: ignore[no-any-return]
+        if linear.bias is None:
+            behind = (norm.eps, linear.weight)
+            if self._joins(norm, scaled_linear_silu_and_mul, *behind):
+                return scaled_linear_silu_and_mul(*self._unscaled(norm), *behind)  # type: ignore[no-any-return]
+            self._add_product()
+            if self._pending is None and _fused(norm_linear_silu_and_mul, self._total, norm.weight, *behind):
+                return norm_linear_silu_and_mul(self._total, norm.weight, *behind)  # type: ignore[no-any-return]
         return linear.gated(self.normed(norm))
 
     def add(self, linear: RowParallelLinear, x: Tensor) -> None:
         """stream += linear(x)."""
-        assert self._pending is None
+        assert self._pending is None and self._product is None
         if linear.place.size == 1 and linear.bias is None and _fused(linear_add, x, linear.weight, self._total):
-            self._total = linear_add(x, linear.weight, self._total)
+            self._product = x, linear.weight
         else:
             self._pending = linear.partial(x)
             self._source = linear if linear.place.size > 1 else None
+
+    def _add_product(self) -> None:
+        if self._product is not None:
+            self._total = linear_add(*self._product, self._total)
+            self._product = None
+
+    def _joins(self, norm: RMSNorm, product: Kernel, *behind: Any) -> bool:
+        """Whether the norm joins in with the product in front of it and with the one behind."""
+        if self._product is None or not _fused(linear_add_for_norm, *self._product, self._total, norm.weight):
+            return False
+        return _fused(product, self._total, None, *behind)  # of the shape that the normalised stream will have
+
+    def _unscaled(self, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """Add the product; the stream times the norm's weight, and its square sums."""
+        assert self._product is not None
+        self._total, scaled, square_sums = linear_add_for_norm(*self._product, self._total, norm.weight)
+        self._product = None
+        return scaled, square_sums
 
 
 def _fused(kernel: Kernel, *args: Any) -> bool:

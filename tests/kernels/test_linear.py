@@ -95,3 +95,15 @@ def test_where_the_library_is_faster_the_reason_says_so() -> None:
     assert linear.linear.supports(x, weight) == "the library's product is faster with this many rows"
     assert linear_config("linear", 1, 32, 63) is None
     assert "differ in dtype" in str(linear.linear.supports(x[:1], weight.float()))
+
+
+def test_a_norm_whose_scale_comes_later_is_the_norm() -> None:
+    torch.manual_seed(0)
+    x, weight, residual = torch.randn(5, 24), torch.randn(40, 24), torch.randn(5, 40)
+    norm, behind, bias = torch.rand(40) + 0.5, torch.randn(16, 40), torch.randn(16)
+    total, scaled, square_sums = linear.linear_add_for_norm(x, weight, residual, norm)
+    torch.testing.assert_close(total, linear.linear_add(x, weight, residual))
+    expected = linear.norm_linear(total, norm, 1e-5, behind, bias)
+    torch.testing.assert_close(linear.scaled_linear(scaled, square_sums, 1e-5, behind, bias), expected)
+    expected = linear.norm_linear_silu_and_mul(total, norm, 1e-5, behind)
+    torch.testing.assert_close(linear.scaled_linear_silu_and_mul(scaled, square_sums, 1e-5, behind), expected)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from kernels import cuda_source, launch, linear
 from kernels.hopper import SHARED_BYTES, why_not
@@ -27,8 +28,50 @@ TILES = [
 
 PARAMETERS = (
     "TensorMap*, TensorMap*, half_bits*, half_bits*, half_bits*, float4*, u32*, long long, long long, int, int, int, "
-    "int, int, int, u64, u64"
+    "int, int, int, u64, u64, float*, int, int, float, half_bits*, half_bits*, float*"
 )
+
+
+def product_of(
+    config: HopperConfig,
+    x: Tensor,
+    weight: Tensor,
+    folder: Path,
+    *,
+    gated: bool = False,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    square_sums: Tensor | None = None,
+    next_norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's result, it times next_norm, and its square sums; by fewer clusters than tiles where that can be."""
+    tile = config.tile(gated=gated, half=False, normed=square_sums is not None, norms=next_norm is not None)
+    (rows, size), columns = x.shape, weight.shape[0] // (2 if gated else 1)
+    out, scaled = (torch.full((rows + 1, columns), -7.0).bfloat16() for _ in range(2))
+    tiles_m, tiles_n, steps = -(-rows // tile.rows), -(-columns // tile.columns), -(-size // 64)
+    clusters = tiles_m * tiles_n * config.splits
+    if config.splits == 1:
+        clusters = max(1, clusters - 1)
+    partial = torch.empty(clusters * tile.rows * tile.columns + 1)
+    arrived = torch.zeros(64, dtype=torch.int32)
+    sums = torch.full((tiles_n * config.cluster_n * config.splits, rows), -7.0)
+    number, integer = ctypes.c_longlong, ctypes.c_int
+    run(
+        folder, tile.source(), "product", PARAMETERS,
+        [
+            tensor_map(x, 64 * config.groups // config.cluster_n),
+            tensor_map(weight, config.width if config.cluster_m == 1 and not gated else config.width // 2),
+            pointer(out), pointer(bias), pointer(residual), pointer(partial), pointer(arrived), number(columns),
+            number(columns), *(integer(value) for value in (rows, columns, steps, tiles_m, tiles_n, config.splits)),
+            number(0), number(0), pointer(square_sums), integer(0 if square_sums is None else len(square_sums)),
+            integer(size), ctypes.c_float(1e-5), pointer(next_norm), pointer(scaled), pointer(sums),
+        ],
+        grid=clusters * tile.cluster_m * tile.cluster_n, cluster=tile.cluster_m * tile.cluster_n,
+        threads=128 * (tile.groups + 1),
+    )  # fmt: skip
+    assert (out[-1] == -7).all() and (scaled[-1] == -7).all(), "the row behind the last was written to"
+    assert not arrived.any(), "counters are zero between launches"
+    return out[:-1], scaled[:-1], sums
 
 
 @needs_compiler
@@ -45,42 +88,49 @@ PARAMETERS = (
 def test_the_kernel_run_on_a_cpu(
     config: HopperConfig, rows: int, columns: int, size: int, gated: bool, tmp_path: Path
 ) -> None:  # fmt: skip
-    """With fewer clusters than tiles, so that some take several; bound: bfloat16's rounding of the result."""
+    """Bound: bfloat16's rounding of the result."""
     torch.manual_seed(0)
-    tile = config.tile(gated=gated, half=False)
     x = torch.randn(rows, size).bfloat16()
     weight = (torch.randn(columns * (2 if gated else 1), size) / size**0.5).bfloat16()
-    bias, residual = (None, None) if gated else (torch.randn(columns).bfloat16(), torch.randn(rows, columns).bfloat16())
-    out = torch.full((rows + 1, columns), -7.0).bfloat16()
-    tiles_m, tiles_n, steps = -(-rows // tile.rows), -(-columns // tile.columns), -(-size // 64)
-    clusters = tiles_m * tiles_n * config.splits
-    if config.splits == 1:
-        clusters = max(1, clusters - 1)
-    partial = torch.empty(clusters * tile.rows * tile.columns + 1)
-    arrived = torch.zeros(64, dtype=torch.int32)
-    number, integer = ctypes.c_longlong, ctypes.c_int
-    run(
-        tmp_path, tile.source(), "product", PARAMETERS,
-        [
-            tensor_map(x, 64 * config.groups // config.cluster_n),
-            tensor_map(weight, config.width if config.cluster_m == 1 and not gated else config.width // 2),
-            pointer(out), pointer(bias), pointer(residual), pointer(partial), pointer(arrived), number(columns),
-            number(columns), *(integer(value) for value in (rows, columns, steps, tiles_m, tiles_n, config.splits)),
-            number(0), number(0),
-        ],
-        grid=clusters * tile.cluster_m * tile.cluster_n, cluster=tile.cluster_m * tile.cluster_n,
-        threads=128 * (tile.groups + 1),
-    )  # fmt: skip
     expected = x.float() @ weight.float().T
     if gated:
+        found, _, _ = product_of(config, x, weight, tmp_path, gated=True)
         expected = F.silu(expected[:, :columns]) * expected[:, columns:]
     else:
+        bias, residual = torch.randn(columns).bfloat16(), torch.randn(rows, columns).bfloat16()
+        found, _, _ = product_of(config, x, weight, tmp_path, bias=bias, residual=residual)
         expected = expected + bias.float() + residual.float()
-    found = out[:-1].float()
-    assert (found - expected).norm() / expected.norm() < 4e-3
-    torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
-    assert (out[-1] == -7).all(), "the row behind the last was written to"
-    assert not arrived.any(), "counters are zero between launches"
+    assert (found.float() - expected).norm() / expected.norm() < 4e-3
+    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("config", "behind", "rows"),
+    [
+        (HopperConfig(2, 64, 1, 2, 2), HopperConfig(2, 96, 2, 1), 140),
+        (HopperConfig(3, 96, 2, 1), HopperConfig(3, 64, 1, 2, 2), 100),
+    ],
+    ids=str,
+)
+def test_a_norm_joins_the_products_around_it(
+    config: HopperConfig, behind: HopperConfig, rows: int, tmp_path: Path
+) -> None:  # fmt: skip
+    """Bounds: the sums in float32 of what was written; the rounding of the stream times the norm's weight."""
+    torch.manual_seed(0)
+    columns, gated = 200, behind.splits == 1
+    x, residual = torch.randn(rows, 136).bfloat16(), torch.randn(rows, columns).bfloat16()
+    weight, norm = (torch.randn(columns, 136) / 12).bfloat16(), (torch.rand(columns) + 0.5).bfloat16()
+    total, scaled, sums = product_of(config, x, weight, tmp_path, residual=residual, next_norm=norm)
+    expected, _, _ = product_of(config, x, weight, tmp_path, residual=residual)
+    assert torch.equal(total, expected) and torch.equal(scaled, (total.float() * norm.float()).bfloat16())
+    torch.testing.assert_close(sums.sum(0), total.float().pow(2).sum(1))
+    weight = (torch.randn(176, columns) / 14).bfloat16()
+    found, _, _ = product_of(behind, scaled, weight, tmp_path, gated=gated, square_sums=sums)
+    expected = F.rms_norm(total.float(), (columns,), norm.float(), 1e-5) @ weight.float().T
+    if gated:
+        expected = F.silu(expected[:, :88]) * expected[:, 88:]
+    assert (found.float() - expected).norm() / expected.norm() < 5e-3
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

@@ -1,0 +1,66 @@
+"""ResidualStream: the same sums and norms whichever way they are put together, and what is put together on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+from engine.layers.norm import RMSNorm
+from engine.layers.place import Place
+from engine.layers.residual import ResidualStream
+from engine.parallel.communicator import Solo
+from kernels import launch, linear, linear_hopper
+from kernels.launch import Chip, rehearse_on
+
+HIDDEN, INNER = 4096, 14336
+
+
+def layers(place: Place, hidden: int, inner: int) -> tuple[RMSNorm, ColumnParallelLinear, RowParallelLinear]:
+    gate_up = ColumnParallelLinear(place, hidden, {"gate_proj": inner, "up_proj": inner})
+    return RMSNorm(place, hidden, 1e-5), gate_up, RowParallelLinear(place, inner, hidden, "down_proj")
+
+
+def test_a_layer_is_its_definition() -> None:
+    torch.manual_seed(0)
+    norm, gate_up, down = layers(Place(torch.device("cpu"), torch.float32, Solo()), 24, 40)
+    for weight in (norm.weight, gate_up.weight, down.weight):
+        weight.copy_(torch.randn(weight.shape) / 5)
+    x = torch.randn(7, 24)
+    stream = ResidualStream(x)
+    for _ in range(2):
+        stream.add(down, stream.into_gated(norm, gate_up))
+    found = stream.into(norm, gate_up)
+    for _ in range(2):
+        gate, up = (norm(x) @ gate_up.weight.T).chunk(2, dim=-1)
+        x = x + (torch.nn.functional.silu(gate) * up) @ down.weight.T
+    torch.testing.assert_close(found, norm(x) @ gate_up.weight.T)
+    torch.testing.assert_close(stream.normed(norm), norm(x))
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The CUDA kernels that tensors on the device "meta" would launch on an H200."""
+    names: list[str] = []
+    monkeypatch.setattr(launch._Rehearsed, "chip", None)
+    monkeypatch.setattr(launch._Rehearsed, "met", None)
+    monkeypatch.setattr(linear, "why_not", lambda _: None)
+    monkeypatch.setattr(linear_hopper, "NORMS_JOIN_IN", True)
+    monkeypatch.setattr("kernels.rms_norm._rms_norm_kernel", {(256,): lambda *_, **__: names.append("norm")})
+    rehearse_on(Chip((9, 0), 132), lambda _, variant, __: names.append(variant))
+    yield names
+    launch.capability.cache_clear()
+    launch.num_multiprocessors.cache_clear()
+
+
+def test_norms_join_the_large_products_around_them(launched: list[str]) -> None:
+    norm, gate_up, down = layers(Place(torch.device("meta"), torch.bfloat16, Solo()), HIDDEN, INNER)
+    stream = ResidualStream(torch.empty(256, HIDDEN, dtype=torch.bfloat16, device="meta"))
+    for _ in range(2):
+        stream.add(down, stream.into_gated(norm, gate_up))
+    stream.normed(norm)
+    marks = ["norms" if "norms=True" in name else "normed" if "normed=True" in name else name[:4] for name in launched]
+    # The first product's norm has none in front; the last norm has none behind.
+    assert marks == ["norm", "Tile", "norms", "normed", "Tile", "norm"]
