@@ -7,13 +7,16 @@ from base64 import b64encode
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.llm_engine import LLMEngine
 from engine.metrics import Histogram
-from engine.sequence import SEATED
+from engine.sequence import SEATED, Group
 
 FREE, CACHED, OWNED, SHARED = range(4)
 MAX_REQUESTS = 1000
+Bytes = npt.NDArray[np.uint8]
+Int16Array = npt.NDArray[np.int16]
 
 
 def picture(engine: LLMEngine) -> dict[str, Any]:
@@ -24,31 +27,7 @@ def picture(engine: LLMEngine) -> dict[str, Any]:
     first; at most MAX_REQUESTS of them are told of.
     """
     stats = engine.stats()
-    states, requests, owners = np.zeros(stats.num_blocks, np.uint8), [], np.full(stats.num_blocks, -1, "<i2")
-    now = time.perf_counter()
-    states[list(engine.blocks.cached_blocks())] = CACHED
-    for number, group in enumerate(engine.groups()):
-        live = list(group.sequences.values())
-        blocks = {block for sequence in live for block in sequence.block_table}
-        held = list(blocks)
-        states[held] = OWNED
-        if number >= MAX_REQUESTS:
-            continue
-        owners[held] = number
-        first = live[0]
-        requests.append(
-            {
-                "id": group.request.request_id,
-                "state": "running" if any(s.status in SEATED for s in live) else "waiting",
-                "sequences": len(live),
-                "prompt_tokens": group.request.num_prompt_tokens,
-                "cached_tokens": first.num_cached,
-                "output_tokens": sum(s.num_output_tokens for s in live),
-                "blocks": len(blocks),
-                "age_s": now - group.accepted_s,
-            }
-        )
-    states[list(engine.blocks.shared_blocks())] = SHARED
+    states, owners, requests = _holders(engine)
     metrics = engine.metrics
     return {
         "time": time.time(),
@@ -84,6 +63,35 @@ def picture(engine: LLMEngine) -> dict[str, Any]:
         "queue": _histogram(metrics.queue_s),
         "step": _histogram(metrics.step_s),
         "mask": _histogram(metrics.mask_s),
+    }
+
+
+def _holders(engine: LLMEngine) -> tuple[Bytes, Int16Array, list[dict[str, Any]]]:
+    """What each block is, which request holds it, and the requests themselves."""
+    num_blocks, now = engine.blocks.num_blocks, time.perf_counter()
+    states, owners, requests = np.zeros(num_blocks, np.uint8), np.full(num_blocks, -1, "<i2"), []
+    states[list(engine.blocks.cached_blocks())] = CACHED
+    for number, group in enumerate(engine.groups()):
+        held = list({block for sequence in group.sequences.values() for block in sequence.block_table})
+        states[held] = OWNED
+        if number < MAX_REQUESTS:
+            owners[held] = number
+            requests.append(_request(group, len(held), now - group.accepted_s))
+    states[list(engine.blocks.shared_blocks())] = SHARED
+    return states, owners, requests
+
+
+def _request(group: Group, num_blocks: int, age_s: float) -> dict[str, Any]:
+    live = list(group.sequences.values())
+    return {
+        "id": group.request.request_id,
+        "state": "running" if any(s.status in SEATED for s in live) else "waiting",
+        "sequences": len(live),
+        "prompt_tokens": group.request.num_prompt_tokens,
+        "cached_tokens": live[0].num_cached,
+        "output_tokens": sum(s.num_output_tokens for s in live),
+        "blocks": num_blocks,
+        "age_s": age_s,
     }
 
 
