@@ -94,6 +94,53 @@ def write_out(
     tl.store(out + row64 * stride_o + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
+@jit
+def _prefetch_weights(
+    w, step, prefetch, stride_w, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr
+):  # fmt: skip
+    """Start fetching the weights of a range's first step, `prefetch` columns of them."""
+    STEPS: tl.constexpr = (K + BK - 1) // BK
+    n = tl.arange(0, BN)
+    first_row = tl.minimum(step // STEPS * BN + n, N - 1).to(tl.int64)
+    first_k = tl.minimum(step % STEPS * BK, K - prefetch)
+    size = n * 0 + prefetch * 2
+    prefetch_l2((w + first_row * stride_w + first_k).to(tl.int64), size)
+    if ACT != "":
+        prefetch_l2((w + (first_row + N) * stride_w + first_k).to(tl.int64), size)
+
+
+@jit
+def _load_columns(rows, k, K: tl.constexpr, EVEN_K: tl.constexpr):
+    """Columns k of rows that all exist; zeros past K."""
+    if EVEN_K:
+        return tl.load(rows + k[None, :])
+    else:
+        return tl.load(rows + k[None, :], mask=(k < K)[None, :], other=0.0)
+
+
+@jit
+def _add_up(
+    partial, partial_squares, place, tile, r_first, r_last, per_range, row_tile,
+    STEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROW_TILES: tl.constexpr, PLANES: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """The sums that ranges [r_first, r_last] have left of a tile, in their order."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    acc_up = tl.zeros([BM, BN], tl.float32)
+    square_sum = tl.zeros([BM], tl.float32)
+    for other in range(r_first, r_last + 1):
+        second = (other * per_range // STEPS != tile).to(tl.int32)
+        slot = (other * 2 + second) * ROW_TILES + row_tile
+        there = partial + slot.to(tl.int64) * (PLANES * BM * BN) + place
+        acc += tl.load(there, cache_modifier=".cg")
+        if PLANES == 2:
+            acc_up += tl.load(there + BM * BN, cache_modifier=".cg")
+        if NORM:
+            squares = partial_squares + slot * BM + tl.arange(0, BM)
+            square_sum += tl.load(squares, cache_modifier=".cg")
+    return acc, acc_up, square_sum
+
+
 @jit(do_not_specialize=["rows", "total", "per_range", "prefetch"])
 def _linear_kernel(
     x, w, norm_weight, bias, residual, out, partial, partial_squares, arrived, rows, total, per_range, prefetch, eps,
@@ -112,12 +159,7 @@ def _linear_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         if (prefetch > 0) & (row_tile == 0):
-            first_row = tl.minimum(step // STEPS * BN + n, N - 1).to(tl.int64)
-            first_k = tl.minimum(step % STEPS * BK, K - prefetch)
-            size = n * 0 + prefetch * 2
-            prefetch_l2((w + first_row * stride_w + first_k).to(tl.int64), size)
-            if ACT != "":
-                prefetch_l2((w + (first_row + N) * stride_w + first_k).to(tl.int64), size)
+            _prefetch_weights(w, step, prefetch, stride_w, N, K, BN, BK, ACT)
         tl.extra.cuda.gdc_wait()
     row = row_tile * BM + tl.arange(0, BM)
     in_rows = (row < rows)[:, None]
@@ -143,10 +185,7 @@ def _linear_kernel(
                 a = tl.load(x_rows + k[None, :])
             else:
                 a = tl.load(x_rows + k[None, :], mask=in_rows & (k < K)[None, :], other=0.0)
-            if EVEN_K:
-                b = tl.load(w_rows + k[None, :])
-            else:
-                b = tl.load(w_rows + k[None, :], mask=(k < K)[None, :], other=0.0)
+            b = _load_columns(w_rows, k, K, EVEN_K)
             if NORM:
                 dtype = a.dtype
                 a = a.to(tl.float32)
@@ -157,10 +196,7 @@ def _linear_kernel(
             else:
                 acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
             if ACT != "":
-                if EVEN_K:
-                    b_up = tl.load(w_up_rows + k[None, :])
-                else:
-                    b_up = tl.load(w_up_rows + k[None, :], mask=(k < K)[None, :], other=0.0)
+                b_up = _load_columns(w_up_rows, k, K, EVEN_K)
                 if SWAP:
                     acc_up = tl.dot(b_up, tl.trans(a), acc_up, input_precision="ieee")
                 else:
@@ -189,19 +225,10 @@ def _linear_kernel(
             counter = arrived + tile * ROW_TILES + row_tile
             count = tl.atomic_add(counter, 1, sem="acq_rel")
             if count == r_last - r_first:
-                acc = tl.zeros([BM, BN], tl.float32)
-                acc_up = tl.zeros([BM, BN], tl.float32)
-                square_sum = tl.zeros([BM], tl.float32)
-                for other in range(r_first, r_last + 1):
-                    second = (other * per_range // STEPS != tile).to(tl.int32)
-                    slot = (other * 2 + second) * ROW_TILES + row_tile
-                    there = partial + slot.to(tl.int64) * (PLANES * BM * BN) + place
-                    acc += tl.load(there, cache_modifier=".cg")
-                    if ACT != "":
-                        acc_up += tl.load(there + BM * BN, cache_modifier=".cg")
-                    if NORM:
-                        squares = partial_squares + slot * BM + tl.arange(0, BM)
-                        square_sum += tl.load(squares, cache_modifier=".cg")
+                acc, acc_up, square_sum = _add_up(
+                    partial, partial_squares, place, tile, r_first, r_last, per_range, row_tile,
+                    STEPS, BM, BN, ROW_TILES, PLANES, NORM,
+                )  # fmt: skip
                 write_out(
                     acc, acc_up, square_sum, bias, residual, out, row, column, rows, stride_r, stride_o, eps,
                     N, K, ACT, NORM, ADD, BIAS,
