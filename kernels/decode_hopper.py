@@ -18,8 +18,6 @@ from kernels.cuda_source import CudaKernel, blocks_map
 from kernels.hopper import FIRST_OUT, SHARED_BYTES, kernel_text, why_not
 from kernels.launch import compile_in_rehearsal, dependent_launch
 
-ENABLED = False
-"""Whether kernels.paged_decode takes it: not until it has been checked and timed on a GPU."""
 TILE = 16
 LEAST_SEQUENCES = 17
 """Fewer are cut into so many slices that merging them takes longer than reading."""

@@ -1,7 +1,11 @@
-"""What the CUDA C++ kernels for Hopper (compute capability 9.0) have in common: their text and the chip's limits."""
+"""What the CUDA C++ kernels for Hopper (compute capability 9.0) have in common: their text, the chip's limits.
+
+MANTA_HOPPER overrules which of them the engine uses: a list of KINDS, or "all", or "none".
+"""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -10,12 +14,35 @@ import torch
 from kernels.cuda_source import nvrtc_version
 from kernels.launch import capability
 
+KINDS = ("products", "norms", "few", "decode", "prefill")
+"""Of kernels: large products, norms that join in with them, products of few rows, attention."""
+MEASURED = ("products",)
+"""Those that have been checked and timed on a GPU."""
+
+
+def parse_kinds(text: str) -> frozenset[str]:
+    """Read MANTA_HOPPER. Raises ValueError."""
+    if text in ("all", "none"):
+        return frozenset(KINDS if text == "all" else ())
+    kinds = frozenset(filter(None, (part.strip() for part in text.split(","))))
+    if not kinds <= set(KINDS):
+        raise ValueError(f"MANTA_HOPPER: {text!r} is not all, none or a list of {', '.join(KINDS)}")
+    return kinds
+
+
+USED = parse_kinds(os.environ.get("MANTA_HOPPER", ",".join(MEASURED)))
+"""By the engine, in this process."""
 DEPTH = 64
 """Of K a stage: 128 bytes, the width of the swizzle."""
 SHARED_BYTES = 227 * 1024
 """Of shared memory a block can have."""
 # Cache policies of the bulk copies: keep as usual, or give up first what is read once.
 KEPT, FIRST_OUT = 0x1000000000000000, 0x12F0000000000000
+
+
+def uses(kind: str) -> bool:
+    """Whether the engine uses the kernels of a kind, where they can run."""
+    return kind in USED
 
 
 def kernel_text(name: str, values: dict[str, int], width: int = 0, values_width: int = 0) -> str:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import linear_few, linear_hopper
+from kernels import linear_few
 from kernels.activation import silu_and_mul
-from kernels.hopper import why_not
+from kernels.hopper import uses, why_not
 from kernels.launch import num_multiprocessors
 from kernels.linear_configs import Config, linear_config
 from kernels.linear_few import FewConfig
@@ -159,7 +159,7 @@ def _why_not_scaled_gated(x: Tensor, square_sums: Tensor, eps: float, weight: Te
 
 
 def _why_not_norms(x: Tensor, operation: str, weight: Tensor) -> str | None:
-    if not linear_hopper.NORMS_JOIN_IN or not isinstance(_find(operation, x, weight), HopperConfig):
+    if not uses("norms") or not isinstance(_find(operation, x, weight), HopperConfig):
         return "norms join in with Hopper's large products only"
     return "a float16 residual stream may overflow before it is normalised" if x.dtype == torch.float16 else None
 

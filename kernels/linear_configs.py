@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kernels import linear_few
+from kernels.hopper import uses
 from kernels.linear_few import FewConfig
 from kernels.linear_gemv import GemvConfig
 from kernels.linear_hopper import HopperConfig, choose
@@ -52,11 +53,11 @@ def linear_config(
     """
     if size % 8 or num_columns < 16:
         return None
-    if hopper and linear_few.ENABLED and 1 < rows <= linear_few.MAX_ROWS:
+    if hopper and uses("few") and 1 < rows <= linear_few.MAX_ROWS:
         return linear_few.choose(rows, num_columns, size, "silu" in operation, multiprocessors)
     for row in TABLE[operation]:
         if rows <= row.max_rows and size <= row.max_size:
             return row.config
     if operation.startswith("norm") or rows < LEAST_HOPPER_ROWS or num_columns % 16:
         return None
-    return choose(rows, num_columns, size, "silu" in operation, multiprocessors)
+    return choose(rows, num_columns, size, "silu" in operation, multiprocessors) if uses("products") else None

@@ -20,8 +20,6 @@ from kernels.cuda_source import CudaKernel, halves_map, tensor_map
 from kernels.hopper import DEPTH, FIRST_OUT, KEPT, kernel_text
 from kernels.launch import compile_in_rehearsal, dependent_launch, next_power_of_2
 
-ENABLED = False
-"""Whether kernels.linear_configs takes these products: not until they have been checked and timed on a GPU."""
 MAX_ROWS = 64
 MAX_HEIGHT = 256
 SHARED_BYTES = 113 * 1024

@@ -20,8 +20,6 @@ from kernels.cuda_source import CudaKernel, tensor_map
 from kernels.hopper import DEPTH, FIRST_OUT, KEPT, SHARED_BYTES, kernel_text
 from kernels.launch import compile_in_rehearsal, dependent_launch, num_multiprocessors
 
-NORMS_JOIN_IN = False
-"""Whether kernels.linear lets norms join in: not until that has been checked and timed on a GPU."""
 MAX_TILES = 4096
 LEAST_GATED_SHARE, LEAST_SHARE = 0.6, 0.35
 """Of the matrix units' time that a product must use, by the estimate of `_cycles`, to be worth it."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels import decode_hopper
 from kernels.decode_hopper import DecodeShape
+from kernels.hopper import uses
 from kernels.launch import dependent_launch, next_power_of_2, num_multiprocessors
 from kernels.registry import jit, tl
 
@@ -50,7 +51,7 @@ def decode_config(head_dim: int, element_size: int, num_seqs: int) -> DecodeConf
 
 def hopper_config(k_cache: Tensor, num_seqs: int) -> DecodeConfig | None:
     """The cut for kernels.decode_hopper, where it can run and is faster. The Triton kernel could run it, too."""
-    if not decode_hopper.ENABLED or num_seqs < decode_hopper.LEAST_SEQUENCES:
+    if not uses("decode") or num_seqs < decode_hopper.LEAST_SEQUENCES:
         return None
     if decode_hopper.unsupported(k_cache) is not None:
         return None

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from kernels.cuda_source import CudaKernel, tensor_map
-from kernels.hopper import KEPT, SHARED_BYTES, kernel_text
+from kernels.hopper import KEPT, SHARED_BYTES, kernel_text, uses
 from kernels.hopper import why_not as why_not_device
 from kernels.launch import compile_in_rehearsal, dependent_launch, num_multiprocessors
 
-ENABLED = False
-"""Whether the engine uses it."""
 MIN_NEW_TOKENS = 65
 """Where every run of new tokens is shorter, the Triton kernel's smaller tiles waste less."""
 ROWS = 128
@@ -117,7 +115,7 @@ def chosen(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, max_seqlen_q: int, *, scale: float, softcap: float = 0.0
 ) -> bool:
     """Whether the engine's call goes to this kernel."""
-    if not ENABLED or max_seqlen_q < MIN_NEW_TOKENS:
+    if not uses("prefill") or max_seqlen_q < MIN_NEW_TOKENS:
         return False
     return why_not(q, k_cache, v_cache, scale=scale, softcap=softcap) is None
 

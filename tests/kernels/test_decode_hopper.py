@@ -116,7 +116,7 @@ def test_it_is_taken_on_hopper_for_many_sequences_once_it_is_enabled(monkeypatch
     cache = torch.empty(3, 16, 4, 128, dtype=torch.bfloat16)
     monkeypatch.setattr(decode_hopper, "why_not", lambda _: None)
     assert hopper_config(cache, 256) is None
-    monkeypatch.setattr(decode_hopper, "ENABLED", True)
+    monkeypatch.setattr(hopper, "USED", {"decode"})
     assert hopper_config(cache, 2) is None
     config = hopper_config(cache, 256)
     assert config is not None and config.tile == 16 and config.programs_per_multiprocessor == 8
@@ -126,7 +126,7 @@ def test_a_rehearsal_meets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[tuple[str, str]] = []
     monkeypatch.setattr(launch._Rehearsed, "chip", None)
     monkeypatch.setattr(launch._Rehearsed, "met", None)
-    monkeypatch.setattr(decode_hopper, "ENABLED", True)
+    monkeypatch.setattr(hopper, "USED", {"decode"})
     monkeypatch.setattr(decode_hopper, "why_not", lambda _: None)
     monkeypatch.setattr("kernels.paged_decode._plan_kernel", {(1,): lambda *_, **__: None})
     rehearse_on(Chip((9, 0), 132), lambda *what: met.append(what[:2]))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import launch, linear_few
+from kernels import hopper, launch
 from kernels.launch import Chip, rehearse_on
 from kernels.linear_configs import linear_config
 from kernels.linear_few import SHARED_BYTES, FewConfig, FewTile, choose, padded_rows, tile_kernel, unsupported
@@ -140,7 +140,7 @@ def test_what_it_cannot_take() -> None:
 
 
 def test_it_is_taken_on_hopper_once_it_is_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_few, "ENABLED", True)
+    monkeypatch.setattr(hopper, "USED", {"few"})
     for rows in (2, 64):
         assert isinstance(linear_config("norm_linear", rows, 6144, 4096, hopper=True), FewConfig)
     assert isinstance(linear_config("norm_linear", 2, 6144, 4096), LinearConfig)

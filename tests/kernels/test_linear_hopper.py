@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cuda_source, launch, linear
-from kernels.hopper import SHARED_BYTES, why_not
+from kernels.hopper import KINDS, SHARED_BYTES, parse_kinds, why_not
 from kernels.launch import Chip, rehearse_on
 from kernels.linear_configs import linear_config
 from kernels.linear_hopper import HopperConfig, Tile, choose, tile_kernel
@@ -231,3 +231,10 @@ def test_machine_code_is_kept(tmp_path: object, monkeypatch: pytest.MonkeyPatch)
     assert cuda_source.compile_cubin(source) == b"kept"
     with pytest.raises(cuda_source.CudaError, match="error"):
         cuda_source.compile_cubin("nonsense")
+
+
+def test_a_choice_of_kernels_is_read() -> None:
+    assert parse_kinds("all") == set(KINDS) and parse_kinds("none") == frozenset()
+    assert parse_kinds(" few, decode") == {"few", "decode"} and parse_kinds("") == frozenset()
+    with pytest.raises(ValueError, match=r"MANTA_HOPPER: 'few,fast' is not all, none or a list of products, norms"):
+        parse_kinds("few,fast")

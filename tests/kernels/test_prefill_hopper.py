@@ -34,7 +34,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     names: list[tuple[str, str]] = []
     monkeypatch.setattr(launch._Rehearsed, "chip", None)
     monkeypatch.setattr(launch._Rehearsed, "met", None)
-    monkeypatch.setattr(prefill_hopper, "ENABLED", True)
+    monkeypatch.setattr(hopper, "USED", {"prefill"})
     monkeypatch.setattr(hopper, "nvrtc_version", lambda: (12, 8))
     hopper.why_not.cache_clear()
     rehearse_on(Chip((9, 0), 132), lambda *what: names.append(what[:2]))

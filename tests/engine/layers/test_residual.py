@@ -12,7 +12,7 @@ from engine.layers.norm import RMSNorm
 from engine.layers.place import Place
 from engine.layers.residual import ResidualStream
 from engine.parallel.communicator import Solo
-from kernels import launch, linear, linear_hopper
+from kernels import hopper, launch, linear
 from kernels.launch import Chip, rehearse_on
 
 HIDDEN, INNER = 4096, 14336
@@ -47,7 +47,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(launch._Rehearsed, "chip", None)
     monkeypatch.setattr(launch._Rehearsed, "met", None)
     monkeypatch.setattr(linear, "why_not", lambda _: None)
-    monkeypatch.setattr(linear_hopper, "NORMS_JOIN_IN", True)
+    monkeypatch.setattr(hopper, "USED", {"products", "norms"})
     monkeypatch.setattr("kernels.rms_norm._rms_norm_kernel", {(256,): lambda *_, **__: names.append("norm")})
     rehearse_on(Chip((9, 0), 132), lambda _, variant, __: names.append(variant))
     yield names
