@@ -75,7 +75,10 @@ def render(
     """
     reserved = _NOT_VARIABLES.intersection(variables or ())
     if reserved:
-        raise RequestError(f"chat_template_kwargs: {sorted(reserved)} cannot be set", param="chat_template_kwargs")
+        raise RequestError(
+            f"chat_template_kwargs: got {sorted(reserved)}, allowed: any but {sorted(_NOT_VARIABLES)}",
+            param="chat_template_kwargs",
+        )
     if continue_final_message and add_generation_prompt:
         raise RequestError(
             "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
@@ -102,7 +105,9 @@ def normalize(messages: Messages) -> list[dict[str, Any]]:
     Raises RequestError naming the message at fault. The given messages are left as they are.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError("messages: a list with at least one message", param="messages")
+        raise RequestError(
+            f"messages: got {messages!r:.100}, allowed: a list with at least one message", param="messages"
+        )
     return [_normalize_one(f"messages[{i}]", message) for i, message in enumerate(messages)]
 
 
@@ -110,14 +115,19 @@ def _normalize_one(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where}: got {message!r:.100}, allowed: an object", param=where)
     if not isinstance(message.get("role"), str) or not message["role"]:
-        raise RequestError(f"{where}.role: a non-empty string is required", param=f"{where}.role")
+        raise RequestError(
+            f"{where}.role: got {message.get('role')!r:.100}, allowed: a string that is not empty",
+            param=f"{where}.role",
+        )
     out = dict(message)
     if out["role"] == "function":  # what a tool was called before there were several in one message
         out["role"] = "tool"
     out["content"] = _content(f"{where}.content", message.get("content"), bool(message.get("tool_calls")))
     if message.get("tool_calls"):
         if not isinstance(message["tool_calls"], list):
-            raise RequestError(f"{where}.tool_calls: a list is required", param=f"{where}.tool_calls")
+            raise RequestError(
+                f"{where}.tool_calls: got {message['tool_calls']!r:.100}, allowed: a list", param=f"{where}.tool_calls"
+            )
         out["tool_calls"] = [_tool_call(f"{where}.tool_calls[{i}]", c) for i, c in enumerate(message["tool_calls"])]
     return out
 
@@ -128,7 +138,7 @@ def _content(where: str, content: Any, optional: bool) -> str | None:
     if content is None:
         if optional:
             return None
-        raise RequestError(f"{where}: a string or a list of parts is required", param=where)
+        raise RequestError(f"{where}: got null, allowed: a string or a list of parts", param=where)
     if not isinstance(content, Sequence):
         raise RequestError(f"{where}: got {content!r:.100}, allowed: a string or a list of parts", param=where)
     texts = []
@@ -137,7 +147,7 @@ def _content(where: str, content: Any, optional: bool) -> str | None:
         if isinstance(part, Mapping) and part.get("type", "text") not in ("text", "input_text", "output_text"):
             raise RequestError(f"{where}[{i}].type: got {part['type']!r:.100}, allowed: 'text'", param=where)
         if not isinstance(text, str):
-            raise RequestError(f"{where}[{i}].text: a string is required", param=where)
+            raise RequestError(f"{where}[{i}].text: got {text!r:.100}, allowed: a string", param=where)
         texts.append(text)
     return "\n".join(texts)
 
@@ -145,7 +155,7 @@ def _content(where: str, content: Any, optional: bool) -> str | None:
 def _tool_call(where: str, call: Any) -> Any:
     """Clients send a call's arguments as a JSON string; templates print them with `tojson`."""
     if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
-        raise RequestError(f"{where}.function: an object is required", param=where)
+        raise RequestError(f"{where}: got {call!r:.100}, allowed: an object with a function", param=where)
     arguments = call["function"].get("arguments")
     if isinstance(arguments, str):
         try:

@@ -198,8 +198,8 @@ def prepare_prompt(
         ids = tokenizer.encode(prompt)
     else:
         ids = list(prompt)
-        if any(type(i) is not int for i in ids):
-            raise RequestError("prompt: token ids must be integers", param="prompt")
+        if others := [i for i in ids if type(i) is not int]:
+            raise RequestError(f"prompt: got {others[0]!r:.100} among token ids, allowed: integers", param="prompt")
         _check_ids("prompt", ids, vocab_size)
     if not ids:
         raise RequestError("prompt: empty; at least one token is needed", param="prompt")
