@@ -225,6 +225,22 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
       const int4 where = piece[0], keys = piece[1];
       const int rows = where.y, first = keys.x, last = keys.y, context = keys.z;
       if (rows == 0) break;
+      if (rows <= group * 64) {  // none for this group: its part in the others' waiting is all that it has
+        for (int n = first; n >= last; n--) {
+          barrier_wait(k.full(), k.phase);
+          release(k.empty());
+          k.advance();
+          if (TURNS && n < first) {
+            named_sync(TURN + group, CONSUMERS);
+            named_arrive(TURN + 1 - group, CONSUMERS);
+          }
+          barrier_wait(v.full(), v.phase);
+          release(v.empty());
+          v.advance();
+        }
+        release(q.empty());
+        continue;
+      }
       const int position = where.w + row, low = where.w + group * 64;  // of this thread's and the group's first row
 
       // Folds the scores of tile n into m and l: s becomes p, and what is summed up so far is to be scaled by `decay`.
