@@ -12,6 +12,7 @@
 //            of which the columns' owners left a part each in `square_sums` [parts, rows]
 //   NORMS    the result, the new residual stream, is left so for the next product: times the norm's weight in `normed`, and
 //            the sums of squares of this block's columns
+//   SPLITS   1, 2 or 4 parts of K
 //
 // One warp loads (bulk tensor copies that complete on mbarriers), the warpgroups multiply. With 2 or 4 splits the K range
 // of a tile is cut; each split then adds up its share of the tile's columns from what the others left in `partial`, in
@@ -33,26 +34,26 @@ __device__ __forceinline__ void consumers_sync() { named_sync(1, CONSUMERS); }
 // The pieces of work, each one tile of a cluster for one split of K; of one tile the splits are neighbours, then the
 // tiles of up to 8 cluster rows with the same columns, so that what runs at one time shares its loads in L2.
 struct Work {
-  int tiles_m, tiles_n, splits, steps;
+  int tiles_m, tiles_n, steps;
   int m, n, split, first, last;
 
-  __device__ __forceinline__ int count() const { return tiles_m * tiles_n * splits; }
+  __device__ __forceinline__ int count() const { return tiles_m * tiles_n * SPLITS; }
 
   __device__ __forceinline__ void go(int item) {
-    split = item % splits;
-    int tile = item / splits, band = 8 * tiles_n, row = tile / band * 8, in_band = tile % band;
+    split = item % SPLITS;
+    int tile = item / SPLITS, band = 8 * tiles_n, row = tile / band * 8, in_band = tile % band;
     int rows = min(8, tiles_m - row);
     m = row + in_band % rows;
     n = in_band / rows;
-    first = steps * split / splits;
-    last = steps * (split + 1) / splits;
+    first = steps * split / SPLITS;
+    last = steps * (split + 1) / SPLITS;
   }
 };
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CONSUMERS + 128, 1) product(
     const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w, half_bits* out,
     const half_bits* bias, const half_bits* residual, float4* partial, u32* arrived, long long stride_out,
-    long long stride_residual, int rows, int columns, int steps, int tiles_m, int tiles_n, int splits,
+    long long stride_residual, int rows, int columns, int steps, int tiles_m, int tiles_n,
     u64 policy_x, u64 policy_w, const float* square_sums, int parts, int size, float eps, const half_bits* next_norm,
     half_bits* normed, float* next_square_sums) {
   extern __shared__ char memory[];
@@ -73,7 +74,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
   cluster_sync();
   let_next_start();
 
-  Work work{tiles_m, tiles_n, splits, steps};
+  Work work{tiles_m, tiles_n, steps};
   const int first_item = blockIdx.x / CLUSTER, num_clusters = gridDim.x / CLUSTER;
 
   if (group == GROUPS) {
@@ -261,34 +262,32 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
             });
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
-            const int part = (work.n * CN + block_n) * splits + work.split;
+            const int part = (work.n * CN + block_n) * SPLITS + work.split;
             if (quad == 0 && in_rows) next_square_sums[part * rows + row + 8 * h] = sum;
           }
         }
       };
 
-      if (GATED || WIDTH % 32 != 0 || splits == 1) {
-        if (active) finish(0, EIGHTS);
-        continue;
-      }
-#if !GATED && WIDTH % 32 == 0
+#if SPLITS == 1
+      if (active) finish(0, EIGHTS);
+#else
       // partial: [tile, split, run, thread] of four floats. Split s owns the s-th of the tile's equal parts of runs.
       const int tile = (work.m * CM + block_m) * tiles_n * CN + work.n * CN + block_n;
-      float4* mine = partial + ((long long)tile * splits + work.split) * (EIGHTS * CONSUMERS) + threadIdx.x;
+      float4* mine = partial + ((long long)tile * SPLITS + work.split) * (EIGHTS * CONSUMERS) + threadIdx.x;
       if (active) {
 #pragma unroll
         for (int e = 0; e < EIGHTS; e++)
-          if (e * splits / EIGHTS != work.split)
+          if (e * SPLITS / EIGHTS != work.split)
             __stcg(mine + e * CONSUMERS, make_float4(acc[4 * e], acc[4 * e + 1], acc[4 * e + 2], acc[4 * e + 3]));
       }
       consumers_sync();
       if (threadIdx.x == 0) {
         count_arrival(arrived + tile);
-        while (arrivals(arrived + tile) < splits) {}
+        while (arrivals(arrived + tile) < SPLITS) {}
       }
       consumers_sync();
-      auto add_up = [&](auto of, auto which) {
-        constexpr int SPLITS = decltype(of)::value, SPLIT = decltype(which)::value, PART = EIGHTS / SPLITS;
+      auto add_up = [&](auto which) {
+        constexpr int SPLIT = decltype(which)::value, PART = EIGHTS / SPLITS;
         float4 theirs[SPLITS - 1][PART];
 #pragma unroll
         for (int other = 1; other < SPLITS; other++) {
@@ -307,20 +306,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         finish(SPLIT * PART, (SPLIT + 1) * PART);
       };
       if (active) {
-        if (splits == 2) {
-          if (work.split == 0) add_up(Constant<2>(), Constant<0>());
-          else add_up(Constant<2>(), Constant<1>());
-        } else if (work.split < 2) {
-          if (work.split == 0) add_up(Constant<4>(), Constant<0>());
-          else add_up(Constant<4>(), Constant<1>());
-        } else {
-          if (work.split == 2) add_up(Constant<4>(), Constant<2>());
-          else add_up(Constant<4>(), Constant<3>());
-        }
+        if (work.split == 0) add_up(Constant<0>());
+        else if (work.split == 1) add_up(Constant<1>());
+#if SPLITS == 4
+        else if (work.split == 2) add_up(Constant<2>());
+        else add_up(Constant<3>());
+#endif
       }
       consumers_sync();
       // The last to have read sets the counter back.
-      if (threadIdx.x == 0 && atomicAdd(arrived + tile, 1u) == 2 * splits - 1) atomicExch(arrived + tile, 0u);
+      if (threadIdx.x == 0 && atomicAdd(arrived + tile, 1u) == 2 * SPLITS - 1) atomicExch(arrived + tile, 0u);
 #endif
     }
     cluster_sync();

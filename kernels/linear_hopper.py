@@ -38,6 +38,7 @@ class Tile:
     half: bool = False
     normed: bool = False
     norms: bool = False
+    splits: int = 1
 
     @property
     def rows(self) -> int:
@@ -72,7 +73,7 @@ class Tile:
         values = {
             "GROUPS": self.groups, "WIDTH": self.width, "PARTS": self.parts, "STAGES": self.stages,
             "CM": self.cluster_m, "CN": self.cluster_n, "GATED": int(self.gated), "HALF": int(self.half),
-            "NORMED": int(self.normed), "NORMS": int(self.norms),
+            "NORMED": int(self.normed), "NORMS": int(self.norms), "SPLITS": self.splits,
         }  # fmt: skip
         return kernel_text("linear_hopper", values, self.width // self.parts)
 
@@ -113,8 +114,10 @@ class HopperConfig:
     cluster_n: int = 1
     splits: int = 1
 
-    def tile(self, *, gated: bool, half: bool, normed: bool = False, norms: bool = False) -> Tile:
-        return Tile(self.groups, self.width, self.cluster_m, self.cluster_n, gated, half, normed, norms)
+    def tile(self, size: int, *, gated: bool, half: bool, normed: bool = False, norms: bool = False) -> Tile:
+        """Of a product of this K; one stage of it is not split."""
+        splits = self.splits if self.splits <= -(-size // DEPTH) else 1
+        return Tile(self.groups, self.width, self.cluster_m, self.cluster_n, gated, half, normed, norms, splits)
 
     def product(
         self,
@@ -147,26 +150,24 @@ class HopperConfig:
     ) -> tuple[Tensor, ...]:  # fmt: skip
         gated = act == "silu"
         assert act in ("", "silu") and not (gated and (bias is not None or residual is not None or self.splits > 1))
-        half = x.dtype == torch.float16
-        tile = self.tile(gated=gated, half=half, normed=square_sums is not None, norms=next_norm is not None)
-        assert self.splits == 1 or tile.can_split
+        (rows, size), half = x.shape, x.dtype == torch.float16
+        tile = self.tile(size, gated=gated, half=half, normed=square_sums is not None, norms=next_norm is not None)
+        assert tile.splits == 1 or tile.can_split
         kernel = tile_kernel(tile)
-        rows, size = x.shape
         columns = weight.shape[0] // (2 if gated else 1)
         out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
         if x.is_meta:
             compile_in_rehearsal("kernels.linear_hopper.product", repr(tile), kernel.compile)
         tiles_m, tiles_n, steps = -(-rows // tile.rows), -(-columns // tile.columns), -(-size // DEPTH)
-        splits = self.splits if self.splits <= steps else 1
         results: tuple[Tensor, ...] = (out,)
         if next_norm is not None:
-            sums = torch.empty(tiles_n * self.cluster_n * splits, rows, dtype=torch.float32, device=x.device)
+            sums = torch.empty(tiles_n * self.cluster_n * tile.splits, rows, dtype=torch.float32, device=x.device)
             results = (out, torch.empty_like(out), sums)
         if x.is_meta or rows == 0:
             return results
-        items, clusters = tiles_m * tiles_n * splits, _max_clusters(tile, x.device)
+        items, clusters = tiles_m * tiles_n * tile.splits, _max_clusters(tile, x.device)
         partial = arrived = None
-        if splits > 1:
+        if tile.splits > 1:
             # Splits of one tile wait for each other; neighbours in the order of the work, they are under way together.
             assert items <= clusters and items * tile.cluster_m * tile.cluster_n <= MAX_TILES
             partial, arrived = (buffer.data_ptr() for buffer in _workspace(x.device))
@@ -181,7 +182,7 @@ class HopperConfig:
             pointer(arrived),
             ctypes.c_longlong(columns),
             ctypes.c_longlong(residual.stride(0) if residual is not None else 0),
-            *(integer(value) for value in (rows, columns, steps, tiles_m, tiles_n, splits)),
+            *(integer(value) for value in (rows, columns, steps, tiles_m, tiles_n)),
             ctypes.c_uint64(KEPT),
             ctypes.c_uint64(FIRST_OUT if tiles_m == 1 else KEPT),
             pointer(square_sums.data_ptr() if square_sums is not None else None),

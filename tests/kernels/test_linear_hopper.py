@@ -28,7 +28,7 @@ TILES = [
 
 PARAMETERS = (
     "TensorMap*, TensorMap*, half_bits*, half_bits*, half_bits*, float4*, u32*, long long, long long, int, int, int, "
-    "int, int, int, u64, u64, float*, int, int, float, half_bits*, half_bits*, float*"
+    "int, int, u64, u64, float*, int, int, float, half_bits*, half_bits*, float*"
 )
 
 
@@ -45,7 +45,7 @@ def product_of(
     next_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's result, it times next_norm, and its square sums; by fewer clusters than tiles where that can be."""
-    tile = config.tile(gated=gated, half=False, normed=square_sums is not None, norms=next_norm is not None)
+    tile = config.tile(x.shape[1], gated=gated, half=False, normed=square_sums is not None, norms=next_norm is not None)
     (rows, size), columns = x.shape, weight.shape[0] // (2 if gated else 1)
     out, scaled = (torch.full((rows + 1, columns), -7.0).bfloat16() for _ in range(2))
     tiles_m, tiles_n, steps = -(-rows // tile.rows), -(-columns // tile.columns), -(-size // 64)
@@ -62,7 +62,7 @@ def product_of(
             tensor_map(x, 64 * config.groups // config.cluster_n),
             tensor_map(weight, config.width if config.cluster_m == 1 and not gated else config.width // 2),
             pointer(out), pointer(bias), pointer(residual), pointer(partial), pointer(arrived), number(columns),
-            number(columns), *(integer(value) for value in (rows, columns, steps, tiles_m, tiles_n, config.splits)),
+            number(columns), *(integer(value) for value in (rows, columns, steps, tiles_m, tiles_n)),
             number(0), number(0), pointer(square_sums), integer(0 if square_sums is None else len(square_sums)),
             integer(size), ctypes.c_float(1e-5), pointer(next_norm), pointer(scaled), pointer(sums),
         ],
@@ -161,7 +161,7 @@ def test_256_rows_are_one_or_two_full_waves(name: str) -> None:
     gated = name == "gate_up"
     config = choose(256, columns, size, gated, 132)
     assert config is not None
-    tile = config.tile(gated=gated, half=False)
+    tile = config.tile(size, gated=gated, half=False)
     clusters = -(-256 // tile.rows) * -(-(columns // 2 if gated else columns) // tile.columns) * config.splits
     waves = clusters / (132 // (config.cluster_m * config.cluster_n))
     assert -(-waves // 1) / waves < 1.04
@@ -174,7 +174,7 @@ def test_what_is_chosen_can_run(multiprocessors: int) -> None:
         config = choose(rows, columns, size, gated, multiprocessors)
         if config is None:
             continue
-        tile = config.tile(gated=gated, half=False)
+        tile = config.tile(size, gated=gated, half=False)
         assert config.splits == 1 or (tile.can_split and config.splits in (2, 4))
         assert tile.groups <= 3 and tile.width <= 256 and tile.width % 16 == 0
         clusters = -(-rows // tile.rows) * -(-(columns // 2 if gated else columns) // tile.columns) * config.splits
