@@ -36,25 +36,23 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster(config):
-    """A head with room for the driver and one rank."""
+def cluster():
+    """A head, and Ray at it."""
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
     head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False)
-    fill(1 - DRIVER_CPUS - rank_bundle(config)["CPU"], "node:__internal_head__")
     yield cluster
     ray.shutdown()
     cluster.shutdown()
 
 
 class SecondNode:
-    """A node with room for one rank, that may be lost and come back."""
+    """A node that may be lost and come back."""
 
-    def __init__(self, cluster, room):
-        self._cluster, self._node = cluster, None
+    def __init__(self, cluster):
+        self._cluster = cluster
         self.come()
-        self._full = fill(1 - room, "second")
 
     def come(self):
         self._node = self._cluster.add_node(num_cpus=1, resources={"second": 1})
@@ -67,27 +65,26 @@ class SecondNode:
             os.kill(rank.pid, signal.SIGKILL)
 
     def end(self):
-        ray.util.remove_placement_group(self._full)
         if self._node is not None:
             self._cluster.remove_node(self._node)
 
 
 @pytest.fixture
-def second(cluster, config):
-    node = SecondNode(cluster, rank_bundle(config)["CPU"])
+def second(cluster):
+    node = SecondNode(cluster)
     yield node
     node.end()
 
 
-def this_node():
-    return ray.get_runtime_context().get_node_id()
-
-
-def fill(cpus, where):
-    """Leave less room on a node."""
-    group = ray.util.placement_group([{"CPU": round(cpus, 4), where: 0.001}])
-    assert group.wait(100)
-    return group
+@pytest.fixture
+def group(second, config):  # noqa: ARG001
+    """The driver and rank 0 on the head, rank 1 on the other."""
+    room, head = rank_bundle(config)["CPU"], {"node:__internal_head__": 0.001}
+    group = ray.util.placement_group(
+        [{"CPU": DRIVER_CPUS, **head}, {"CPU": room, **head}, {"CPU": room, "second": 0.001}]
+    )
+    yield group
+    ray.util.remove_placement_group(group)
 
 
 def requests():
@@ -101,10 +98,10 @@ def requests():
     ]
 
 
-def test_a_lost_node_is_waited_for_and_no_token_changes(second, config):
+def test_a_lost_node_is_waited_for_and_no_token_changes(second, group, config):
     async def main(driver):
-        here, elsewhere = sorted(ray.get(driver.rank_facts.remote()), key=lambda rank: rank.node_id != this_node())
-        assert (here.node_id == this_node()) and (elsewhere.node_id != this_node())
+        here, elsewhere = ray.get(driver.rank_facts.remote())
+        assert here.node_id != elsewhere.node_id
         streams, pid = Streams(requests()), driver_pid(driver)
         await streams.join(driver)
         async with streams.stopped(pid, streams.all_grow()):
@@ -117,21 +114,17 @@ def test_a_lost_node_is_waited_for_and_no_token_changes(second, config):
         second.come()
         stats = await streams.finish()
         assert streams.tokens == undisturbed(config, requests())
-        assert here in ray.get(driver.rank_facts.remote())  # its weights stayed, while it waited
+        assert ray.get(driver.rank_facts.remote())[0] == here  # its weights stayed, while it waited
         assert stats["recoveries"] >= 1
         health = await driver.health.remote()
         assert health.ready and health.healthy
 
-    with started(config, "spread") as driver:
+    with started(config, "spread", placement_group=group) as driver:
         asyncio.run(main(driver))
 
 
-def test_a_node_that_never_comes_back_is_told_in_seconds_and_given_up_in_time(second, config):
+def test_a_node_that_never_comes_back_is_told_in_seconds_and_given_up_in_time(second, group, config):
     few = config.replace(max_num_seqs=2, resources_timeout_s=GIVEN_UP_S)
-    room, head = rank_bundle(config)["CPU"], {"node:__internal_head__": 0.001}
-    group = ray.util.placement_group(
-        [{"CPU": DRIVER_CPUS, **head}, {"CPU": room, **head}, {"CPU": room, "second": 0.001}]
-    )
     long = SamplingParams(max_tokens=250, ignore_eos=True)
     running, waiting = ("runs0", "runs1"), ("waits0", "waits1")
 
@@ -171,12 +164,9 @@ def test_a_node_that_never_comes_back_is_told_in_seconds_and_given_up_in_time(se
         await streams.client.close()
         return pid
 
-    try:
-        with started(few, "forlorn", placement_group=group, policy=RecoveryPolicy(patience_s=3)) as driver:
-            pid = asyncio.run(main(driver))
-            logs = Path(ray._private.worker._global_node.get_logs_dir_path())
-            log = "".join(path.read_text() for path in logs.glob(f"worker-*-{pid}.err"))
-            assert log.count("manta:forlorn: waiting for resources") == 2, log  # as it began, and as it was given up
-            assert log.count("giving up") == 1
-    finally:
-        ray.util.remove_placement_group(group)
+    with started(few, "forlorn", placement_group=group, policy=RecoveryPolicy(patience_s=3)) as driver:
+        pid = asyncio.run(main(driver))
+        logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+        log = "".join(path.read_text() for path in logs.glob(f"worker-*-{pid}.err"))
+        assert log.count("manta:forlorn: waiting for resources") == 2, log  # as it began, and as it was given up
+        assert log.count("giving up") == 1

@@ -40,6 +40,19 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def make_group():
+    groups = []
+
+    def make(layout):
+        groups.append(ray.util.placement_group(layout, strategy=STRATEGY))
+        return groups[-1]
+
+    yield make
+    for group in groups:
+        ray.util.remove_placement_group(group)
+
+
 def config_of(folder, **changes):
     return EngineConfig(
         model=str(folder),
@@ -118,19 +131,18 @@ def test_killed_and_frozen_ranks_change_no_token(folder, expected):
 
 
 def test_names_and_control_calls_and_the_end(folder):
-    driver = start_driver(config_of(folder, tensor_parallel_size=2), name="named")
-    assert {"manta:named:driver", "manta:named:rank0", "manta:named:rank1"} <= set(list_named_actors())
-    assert ray.get(driver.health.remote()).ready
-    stats = ray.get(driver.stats.remote())
-    assert (stats["num_blocks"], stats["free_blocks"]) == (120, 120)
-    pid = driver_pid(driver)
-    pids = [pid, *rank_pids(driver)]
-    sockets = private_sockets(pid)
-    assert len(sockets) == 2
-    stop_driver(driver)
-    assert [p for p in pids if is_ray_worker(p)] == []
-    assert [path for path in sockets if os.path.exists(path)] == []
-    stop_driver(driver)
+    with started(config_of(folder, tensor_parallel_size=2), "named") as driver:
+        assert {"manta:named:driver", "manta:named:rank0", "manta:named:rank1"} <= set(list_named_actors())
+        assert ray.get(driver.health.remote()).ready
+        stats = ray.get(driver.stats.remote())
+        assert (stats["num_blocks"], stats["free_blocks"]) == (120, 120)
+        pid = driver_pid(driver)
+        pids = [pid, *rank_pids(driver)]
+        sockets = private_sockets(pid)
+        assert len(sockets) == 2
+        stop_driver(driver)
+        assert [p for p in pids if is_ray_worker(p)] == []
+        assert [path for path in sockets if os.path.exists(path)] == []
     wait_all_free()
 
 
@@ -153,23 +165,22 @@ def test_errors_of_requests_and_of_loading(folder, tmp_path):
     wait_all_free()
 
 
-def test_a_given_group_holds_driver_and_ranks(folder, expected):
+def test_a_given_group_holds_driver_and_ranks(folder, make_group, expected):
     config = config_of(folder, tensor_parallel_size=2)
-    group = ray.util.placement_group(bundles(config), strategy=STRATEGY)
+    group = make_group(bundles(config))
     with started(config, "grouped", placement_group=group) as driver:
         tokens, _ = generate(driver, requests_of(2))
         assert {key: expected[key][:24] for key in tokens} == tokens
         # Those that were begun beside the driver, and no others.
         names = {name for name in workers_of("manta:grouped") if ":rank" in name}
         assert names == {"manta:grouped:rank0", "manta:grouped:rank1"}
-    ray.util.remove_placement_group(group)
 
 
-def test_nothing_is_left_of_ranks_whose_driver_does_not_start(tmp_path):
+def test_nothing_is_left_of_ranks_whose_driver_does_not_start(tmp_path, make_group):
     make_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     config = config_of(tmp_path, tensor_parallel_size=2)
-    group = ray.util.placement_group(bundles(config), strategy=STRATEGY)
+    group = make_group(bundles(config))
     with pytest.raises(ModelLoadError):
         start_driver(config, name="broken", placement_group=group)
     ray.util.remove_placement_group(group)
@@ -177,11 +188,10 @@ def test_nothing_is_left_of_ranks_whose_driver_does_not_start(tmp_path):
     assert not workers_of("manta:broken")
 
 
-def test_resources_that_never_come(folder):
+def test_resources_that_never_come(folder, make_group):
     config = config_of(folder, tensor_parallel_size=2, resources_timeout_s=0.5)
-    group = ray.util.placement_group([{"CPU": 0.2}, {"CPU": 100}, {"CPU": 0.2}])
+    group = make_group([{"CPU": 0.2}, {"CPU": 100}, {"CPU": 0.2}])
     with pytest.raises(
         EngineUnavailable, match=r"waiting for resources: needs 100.4 CPU in 3 bundles, cluster has 4 CPU"
     ):
         start_driver(config, name="starved", placement_group=group)
-    ray.util.remove_placement_group(group)
