@@ -76,7 +76,8 @@ def merge(rows: Sequence[Row], path: Path) -> Path:
     kept = json.loads(path.read_text()) if path.exists() else []
     new = [asdict(row) for row in rows]
     measured = {_key(row) for row in new}
-    path.write_text(json.dumps([row for row in kept if _key(row) not in measured] + new, indent=1) + "\n")
+    rows_kept = [row for row in kept if _key(row) not in measured]
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows_kept + new) + "\n]\n")
     return path
 
 

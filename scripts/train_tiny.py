@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import os
 import time
@@ -98,6 +99,8 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """Write the model in bfloat16 with its tokenizer; files of an earlier save are replaced."""
     rounded(model).save_pretrained(out)
     chat_tokenizer(Tokenizer.from_str(tokenizer.to_str())).save_pretrained(out)
+    path = out / "tokenizer.json"  # of which white space is the larger half
+    path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 @dataclass
