@@ -87,6 +87,8 @@ class Gloo:
             options._timeout = timedelta(seconds=timeout_s)
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(address))]
             self._group: Any = dist.ProcessGroupGloo(self._store, rank, size, options)
+            # One that has all its connections, and leaves, would cut those that others are still making.
+            self._group.barrier().wait()
         except (RuntimeError, OSError, ValueError) as error:
             raise ExecutorDied(
                 f"rank {rank} of {size} did not meet the others at {address} within {timeout_s:g} s: {error}",
