@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32) decode(
           block = token < now.length ? table[token / block_size] : 0;
         }
         const int from = __shfl_sync(~0u, block, i % 32), token = (now.skipped + first + i) * TILE % block_size;
-        if (lane == 0) {
+        if (one_lane()) {
           const u32 to = stages + stage * STAGE_BYTES, bar = full + 8 * stage;
           barrier_wait(empty + 8 * stage, phase);
           barrier_expect(bar, STAGE_BYTES);

@@ -70,7 +70,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(CONS
   let_next_start();
 
   if (group == GROUPS) {
-    if (threadIdx.x == CONSUMERS) {
+    if (one_lane()) {
       auto load_w = [&](u32 slot, int step) {
         const u32 to = stages + slot * STAGE_BYTES;
         barrier_expect(full + 8 * slot, STAGE_BYTES);

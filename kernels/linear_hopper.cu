@@ -79,7 +79,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
 
   if (group == GROUPS) {
     if (GROUPS == 3) leave_registers<32>();
-    if (threadIdx.x == CONSUMERS) {
+    if (NORMED && threadIdx.x >= CONSUMERS + 32) {
+      wait_for_last();
+      for (int item = first_item; item < work.count(); item += num_clusters) {
+        work.go(item);
+        for (int i = threadIdx.x - CONSUMERS - 32; i < ROWS; i += 96) {
+          const int row = (work.m * CM + block_m) * ROWS + i;
+          float sum = 0;
+          for (int part = 0; row < rows && part < parts; part++) sum += __ldcg(square_sums + part * rows + row);
+          store_shared(scales + 4 * i, rsqrtf(sum / size + eps));
+        }
+        named_sync(2, CONSUMERS + 96);  // they are there
+        named_sync(3, CONSUMERS + 96);  // they are read
+      }
+    } else if (threadIdx.x < CONSUMERS + 32 && one_lane()) {
       auto load_x = [&](u32 slot, int step) {
         const u32 to = stages + slot * STAGE_BYTES, bar = full + 8 * slot;
         const int row = (work.m * CM + block_m) * ROWS;
@@ -127,19 +140,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
           load_x(slot, step);
           if (++slot == STAGES) slot = 0, phase ^= 1;
         }
-      }
-    } else if (NORMED && threadIdx.x >= CONSUMERS + 32) {
-      wait_for_last();
-      for (int item = first_item; item < work.count(); item += num_clusters) {
-        work.go(item);
-        for (int i = threadIdx.x - CONSUMERS - 32; i < ROWS; i += 96) {
-          const int row = (work.m * CM + block_m) * ROWS + i;
-          float sum = 0;
-          for (int part = 0; row < rows && part < parts; part++) sum += __ldcg(square_sums + part * rows + row);
-          store_shared(scales + 4 * i, rsqrtf(sum / size + eps));
-        }
-        named_sync(2, CONSUMERS + 96);  // they are there
-        named_sync(3, CONSUMERS + 96);  // they are read
       }
     }
     __syncwarp();
