@@ -262,9 +262,9 @@ def test_an_engine_that_cannot_come_back(served: Served) -> None:
     folder = Path(served.environment["RAY_TMPDIR"])
     weights, body = folder / "model/model.safetensors", {"prompt": "Count:", "ignore_eos": True, "max_tokens": 1500}
 
-    def health(status: int) -> dict[str, Any]:
+    def await_health(status: int, reason: str = "") -> dict[str, Any]:
         deadline_s = time.monotonic() + PATIENCE_S
-        while (answer := served.get("/health")).status_code != status:
+        while (answer := served.get("/health")).status_code != status or reason not in answer.text:
             assert time.monotonic() < deadline_s, answer.text
             time.sleep(0.1)
         report: dict[str, Any] = answer.json()
@@ -277,24 +277,26 @@ def test_an_engine_that_cannot_come_back(served: Served) -> None:
         for process in victims:
             process.suspend()
         weights.rename(folder / "aside")
-        for process in served.processes("manta:", "Manta"):
-            process.kill()
-        report = health(503)
-        assert report["state"] == "failed" and "no safetensors files" in report["reason"]
-        last = [line for line in lines if line][-1]
-    error = json.loads(last.removeprefix("data: "))["error"]
-    assert error["type"] == "service_unavailable_error" and "no safetensors files" in error["message"]
-    for _ in range(20):  # long enough for Serve to have replaced it, were there others
-        answer = served.post("/v1/completions", body)
-        assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1, answer.text
-        assert "no safetensors files" in answer.json()["error"]["message"]
-        assert served.get("/ready").status_code == 503
-        time.sleep(0.25)
+        try:
+            for process in served.processes("manta:", "Manta"):
+                process.kill()
+            # At first it says no more than that the driver is gone.
+            assert await_health(503, "no safetensors files")["state"] == "failed"
+            last = [line for line in lines if line][-1]
+            error = json.loads(last.removeprefix("data: "))["error"]
+            assert error["type"] == "service_unavailable_error" and "no safetensors files" in error["message"]
+            for _ in range(20):  # long enough for Serve to have replaced it, were there others
+                answer = served.post("/v1/completions", body)
+                assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1, answer.text
+                assert "no safetensors files" in answer.json()["error"]["message"]
+                assert served.get("/ready").status_code == 503
+                time.sleep(0.25)
+        finally:
+            (folder / "aside").rename(weights)
     (log,) = (folder / "ray/session_latest/logs/serve").glob("replica_tiny_LLMServer_*.log")
     told = [line for line in log.read_text().splitlines() if "no safetensors files" in line]
     assert sum("has no engine" in line for line in told) == 1 and len(told) <= 3, told
-    (folder / "aside").rename(weights)
-    health(200)
+    await_health(200)
     answer = served.post("/v1/completions", {"prompt": "Count:", "max_tokens": 4, "ignore_eos": True})
     assert answer.status_code == 200, answer.text
     served.wait_idle()
