@@ -35,7 +35,7 @@ from kernels.paged_prefill import PrefillConfig
 from kernels.rms_norm import rms_norm
 from scripts.kernel_timing import copy_bandwidth, paged_cache, relative_error, sustained_us, time_us
 
-# The products of Llama-3-8B: name -> (columns, K, operation).
+# The products of Llama-3-8B, and of one of two ranks with 70B: name -> (columns, K, operation).
 PRODUCTS = {
     "qkv": (6144, 4096, "linear"),
     "qkv_norm": (6144, 4096, "norm_linear"),
@@ -44,6 +44,10 @@ PRODUCTS = {
     "gate_up_norm": (28672, 4096, "norm_linear_silu_and_mul"),
     "down": (4096, 14336, "linear_add"),
     "head": (128256, 4096, "linear"),
+    "qkv_70b": (5120, 8192, "linear"),
+    "out_70b": (8192, 4096, "linear"),
+    "gate_up_70b": (28672, 8192, "linear_silu_and_mul"),
+    "down_70b": (8192, 14336, "linear"),
 }
 
 

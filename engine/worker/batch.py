@@ -130,7 +130,11 @@ class Batch:
 
     def inputs(self, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
         """Of the step's T tokens: their ids, positions and cache slots, [T] int64 each, on the device."""
-        where, positions, slots = self._to_device(np.stack(self.places(entries)))
+        count = entries.num_tokens
+        # Rows begin at multiples of 16 bytes: kernels are compiled anew for others.
+        packed = np.zeros((3, -(-count // 2) * 2), np.int64)
+        packed[:, :count] = self.places(entries)
+        where, positions, slots = self._to_device(packed)[:, :count]
         return self._flat_tokens[where], positions, slots
 
     def tables(self, entries: Entries, first: int, last: int) -> tuple[Tensor, Tensor]:
