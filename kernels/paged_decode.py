@@ -18,9 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import decode_hopper
-from kernels.decode_hopper import DecodeShape
-from kernels.hopper import uses
 from kernels.launch import dependent_launch, next_power_of_2, num_multiprocessors
 from kernels.registry import jit, tl
 
@@ -36,7 +33,6 @@ class DecodeConfig:
     num_stages: int = 3
     programs_per_multiprocessor: int = 4
     min_tiles: int = 1  # the least work of a slice: fewer slices are cheaper to merge
-    hopper: bool = False  # kernels.decode_hopper runs it, all key/value heads in one program
 
 
 def decode_config(head_dim: int, element_size: int, num_seqs: int) -> DecodeConfig:
@@ -47,17 +43,6 @@ def decode_config(head_dim: int, element_size: int, num_seqs: int) -> DecodeConf
     if row_bytes > 256:
         return DecodeConfig(num_warps=4, programs_per_multiprocessor=2)
     return DecodeConfig(programs_per_multiprocessor=2 if num_seqs <= 4 else 4)
-
-
-def hopper_config(k_cache: Tensor, num_seqs: int) -> DecodeConfig | None:
-    """The cut for kernels.decode_hopper, where it can run and is faster. The Triton kernel could run it, too."""
-    if not uses("decode") or num_seqs < decode_hopper.LEAST_SEQUENCES:
-        return None
-    if decode_hopper.unsupported(k_cache) is not None:
-        return None
-    heads = k_cache.shape[2]
-    blocks = DecodeShape(heads, 1, k_cache.shape[3]).blocks_per_multiprocessor
-    return DecodeConfig(tile=decode_hopper.TILE, programs_per_multiprocessor=heads * blocks, hopper=True)
 
 
 @dataclass(frozen=True)
@@ -239,7 +224,7 @@ def make_work(
     """Cut a step's contexts into slices, on the device, without looking at the lengths from the host."""
     num_seqs = context_lens.shape[0]
     num_kv_heads, head_dim = k_cache.shape[2:]
-    config = config or hopper_config(k_cache, num_seqs) or decode_config(head_dim, k_cache.element_size(), num_seqs)
+    config = config or decode_config(head_dim, k_cache.element_size(), num_seqs)
     programs = num_multiprocessors(k_cache.device) * config.programs_per_multiprocessor
     num_slices = max(1, programs // num_kv_heads)
     plan = torch.empty(1 + 2 * num_slices + num_seqs, dtype=torch.int32, device=context_lens.device)
@@ -272,9 +257,6 @@ def decode(
     num_seqs, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    if work.config.hopper and group <= decode_hopper.MAX_GROUP and softcap <= 0:
-        arguments = (q, k_cache, v_cache, block_tables, context_lens)
-        return decode_hopper.decode(*arguments, scale=scale, work=work, into=into)
     group_out, padded_dim = next_power_of_2(group), max(next_power_of_2(head_dim), 16)
     out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device) if into is None else into
     slots = work.num_slices * 2 * num_kv_heads
