@@ -82,6 +82,14 @@ class BlockManager:
         sequence.block_table.extend(blocks)
         return blocks
 
+    def take_back(self, sequence: Sequence, count: int) -> None:
+        """Undo `allocate` for the last `count` blocks of the sequence's table, which nothing was written to."""
+        for _ in range(count):
+            block = sequence.block_table.pop()
+            assert self._ref[block] == 1 and block not in self._hash_of, "a block just allocated"
+            self._ref[block] = 0
+            self._blank.append(block)
+
     def free(self, sequence: Sequence) -> None:
         """Give back all blocks of a sequence, its last first, so that the tails of prefixes are evicted first."""
         ref = self._ref

@@ -63,6 +63,9 @@ class EngineConfig(BaseModel):
     # Scheduling
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(8192, ge=1)
+    step_token_multiple: int | None = Field(None, ge=1)
+    """Steps of at least as many decodes, and pieces of prompts beside them, are cut to a multiple of this many tokens
+    where that puts off no more than half of the pieces. None: 128, the rows of a GPU's tiles, or 1 on a CPU."""
     enable_chunked_prefill: bool = True
     policy: Literal["fcfs", "priority"] = "fcfs"
     steps_ahead: int = Field(2, ge=1, le=4)

@@ -102,6 +102,18 @@ class Draft:
         self.num_tokens += num_tokens
         return len(self.prefills) - 1
 
+    @property
+    def bears_last(self) -> bool:
+        """Whether children are forked from the last prompt, which ends in this step then."""
+        return bool(self.births) and self.births[-1][1] == len(self.prefills) - 1
+
+    def shorten_last(self, num_tokens: int, num_blocks: int) -> None:
+        """Leave so many of the last prompt's tokens, and blocks for them, for later; it draws nothing yet."""
+        assert 0 < num_tokens < self.chunks[-1] and not self.bears_last
+        self.tables[-1] = self.tables[-1][: len(self.tables[-1]) - num_blocks]
+        self.chunks[-1] -= num_tokens
+        self.num_tokens -= num_tokens
+
     def build(self, epoch: int, step: int, dropped: list[int], table: SequenceTable) -> ScheduledStep:
         """It as a plan, before any of it counts as computed."""
         plan = StepPlan(epoch, step, new=self.new)

@@ -17,6 +17,8 @@ from engine.models.registry import find_model
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt"]
 _DTYPES = ("float32", "bfloat16", "float16")
 _CPU_DTYPES = ("float32", "bfloat16")
+TILE_ROWS = 128
+"""Of a GPU's matrix products: a part of a tile takes as long as a whole one."""
 Config = TypeVar("Config", bound=EngineConfig)
 
 
@@ -115,7 +117,7 @@ def _from_json(
 
 
 def resolve(config: Config, model_config: ModelConfig) -> Config:
-    """A copy of `config` with what the model and the machine decide filled in: max_model_len, dtype, tokenizer, device.
+    """A copy of `config` with what the model and the machine decide filled in: max_model_len, dtype, device and others.
 
     Raises ConfigError, naming the key, for a setting the model cannot be served with.
     """
@@ -136,7 +138,11 @@ def resolve(config: Config, model_config: ModelConfig) -> Config:
             f"at least max_model_len ({max_model_len}) when enable_chunked_prefill is off",
         )
     return config.replace(
-        max_model_len=max_model_len, device=device, dtype=dtype, tokenizer=config.tokenizer or model_config.folder
+        max_model_len=max_model_len,
+        device=device,
+        dtype=dtype,
+        tokenizer=config.tokenizer or model_config.folder,
+        step_token_multiple=config.step_token_multiple or (1 if device == "cpu" else TILE_ROWS),
     )
 
 

@@ -42,6 +42,7 @@ class Scheduler:
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
         self._max_tokens = config.max_num_batched_tokens
+        self._multiple = config.step_token_multiple or 1
         self._max_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._chunked = config.enable_chunked_prefill
         self._by_priority = config.policy == "priority"
@@ -143,6 +144,7 @@ class Scheduler:
             draft.add_decodes(decodes, short, self._tails.grow(draft, decodes, short))
         if self._chunked:
             self._fill(draft)
+            self._round(draft)
         if not draft.num_tokens:
             return self.schedule(epoch, step) if self._unblock() else None
         scheduled = draft.build(epoch, step, self._dropped, self.table)
@@ -172,6 +174,25 @@ class Scheduler:
                 admitting = self._admit(draft, head)  # nobody overtakes the head
             else:
                 return
+
+    def _round(self, draft: Draft) -> None:
+        """Put the end of the last prompt off where it would fill the smaller part of a tile, in a step of many decodes.
+
+        Such a step is bound by arithmetic, and a tile takes as long whatever is in it; the rest fills up the next step.
+        At least half of the prompts' tokens stay, so that every step advances.
+        """
+        rest = draft.num_tokens % self._multiple
+        if not rest or not draft.chunks or draft.decodes is None or len(draft.decodes) < self._multiple:
+            return
+        computed = sum(draft.chunks)
+        if rest >= draft.chunks[-1] or 2 * rest > computed or draft.bears_last:
+            return
+        sequence, blocks = draft.prefills[-1], self.blocks
+        end = sequence.num_computed + draft.chunks[-1] - rest
+        surplus = len(sequence.block_table) - blocks.blocks_for(end)
+        blocks.take_back(sequence, surplus)
+        self.table.num_slots[sequence.row] = len(sequence.block_table) * blocks.block_size
+        draft.shorten_last(rest, surplus)
 
     def _continue(self, draft: Draft, sequence: Sequence) -> None:
         """Compute the next chunk of a prompt under way, if there are blocks for it."""

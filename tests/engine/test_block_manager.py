@@ -29,6 +29,17 @@ def filled(blocks: BlockManager, tokens: list[int], **kwargs: str) -> Sequence:
     return made
 
 
+def test_what_was_just_allocated_can_be_taken_back() -> None:
+    blocks = BlockManager(4, 8)
+    one, two = sequence([1]), sequence([2])
+    kept = blocks.allocate(one, 1)
+    undone = blocks.allocate(one, 3)
+    blocks.take_back(one, 2)
+    assert one.block_table == kept + undone[:1] and blocks.num_free == 2
+    blocks.check([one])
+    assert sorted(blocks.allocate(two, 2)) == sorted(undone[1:])
+
+
 def test_allocates_each_block_once_and_takes_it_back() -> None:
     blocks = BlockManager(4, 2)
     one, two = sequence([1, 2, 3]), sequence([4])

@@ -87,6 +87,7 @@ def scenarios(draw: st.DrawFn, *, accidents: bool, beams: bool = False) -> Scena
         "max_model_len": draw(st.integers(MAX_PROMPT + 1, 48)),
         "max_num_seqs": draw(st.integers(1, 8)),
         "max_num_batched_tokens": draw(st.integers(8 if beams else 1, 40) if chunked else st.integers(MAX_PROMPT, 48)),
+        "step_token_multiple": draw(st.sampled_from([1, 2, 3, 5])),
         "enable_chunked_prefill": chunked,
         "enable_prefix_caching": draw(st.booleans()),
         "policy": draw(st.sampled_from(["fcfs", "priority"])),

@@ -130,7 +130,12 @@ def test_resolve_fills_what_is_open(tmp_path: Path) -> None:
 
 def test_resolve_keeps_what_is_set(tmp_path: Path) -> None:
     config = EngineConfig(
-        model=str(folder_with(tmp_path)), device="cpu", dtype="bfloat16", max_model_len=100, tokenizer="elsewhere"
+        model=str(folder_with(tmp_path)),
+        device="cpu",
+        dtype="bfloat16",
+        max_model_len=100,
+        tokenizer="elsewhere",
+        step_token_multiple=64,
     )
     assert resolve(config, ModelConfig.load(config)) == config
 

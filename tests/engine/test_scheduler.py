@@ -87,6 +87,31 @@ def test_whole_prompts_and_decodes_do_not_mix_without_chunks() -> None:
     assert entries(bench.step()) == [(0, 1), (1, 1), (2, 1)]
 
 
+def test_large_steps_are_cut_to_a_multiple() -> None:
+    bench = Bench(max_num_seqs=16, step_token_multiple=4)
+    for length in (3, 2, 3, 2):
+        bench.add(length)
+    assert entries(bench.step()) == [(0, 3), (1, 2), (2, 3), (3, 2)], "no decodes yet: a prompt is not put off"
+    bench.add(5)
+    bench.add(6)
+    ones = [(i, 1) for i in range(4)]
+    assert entries(bench.step()) == [*ones, (4, 5), (5, 3)], "3 of 15 put off"
+    assert entries(bench.step()) == [*ones, (4, 1), (5, 3)], "5 decodes; the 3 put off would all be: more than half"
+    bench.add(3)
+    assert entries(bench.step()) == [*ones, (4, 1), (5, 1), (6, 2)], "6 decodes; 1 of 3 is put off"
+    assert entries(bench.step()) == [*ones, (4, 1), (5, 1), (6, 1)], "the last of a prompt goes whatever the multiple"
+
+
+def test_a_prompt_whose_samples_are_forked_is_not_cut() -> None:
+    bench = Bench(max_num_seqs=16, step_token_multiple=2)
+    bench.add(3)
+    bench.add(4)
+    bench.step()
+    bench.add(5, n=2)
+    assert entries(bench.step()) == [(0, 1), (1, 1), (2, 5)]
+    assert entries(bench.step()) == [(0, 1), (1, 1), (2, 1), (3, 1)]
+
+
 def test_a_steady_step_is_a_small_delta() -> None:
     bench = Bench(num_blocks=1000, max_num_seqs=256, max_num_batched_tokens=512, block_size=8)
     for _ in range(256):

@@ -84,7 +84,8 @@ def test_token_sizes_end_at_the_largest_step() -> None:
         assert token_sizes(most)[-1] == most
     assert token_sizes(8192) == token_sizes(2048)
     sizes = token_sizes(2048)
-    assert all(later - size <= max(16, size // (8 if size >= 512 else 3)) for size, later in pairwise(sizes))
+    assert all(later - size <= max(16, size // 3) for size, later in pairwise(sizes))
+    assert all(size % 128 == 0 for size in sizes if size >= 384)
 
 
 def test_few_sizes_that_waste_little() -> None:
