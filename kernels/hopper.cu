@@ -96,12 +96,6 @@ __device__ __forceinline__ float4 load_cluster(u32 address) {
   return v;
 }
 
-__device__ __forceinline__ float load_cluster_one(u32 address) {
-  float v;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
-  return v;
-}
-
 // What this thread has stored in shared memory is there for the matrix units and bulk copies.
 __device__ __forceinline__ void stores_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

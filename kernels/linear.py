@@ -108,8 +108,7 @@ def _why_not_product(operation: str, x: Tensor, weight: Tensor, *others: Tensor 
             return "rows do not start at multiples of 16 bytes"
         return why_not(x.device)
     if isinstance(config, FewConfig):
-        norm, gated = operation.startswith("norm"), "silu" in operation
-        return linear_few.unsupported(x, weight, *others, gated=gated, norm=norm)
+        return linear_few.unsupported(x, weight, *others, gated="silu" in operation)
     return None
 
 

@@ -54,6 +54,8 @@ def linear_config(
     if size % 8 or num_columns < 16:
         return None
     if hopper and uses("few") and 1 < rows <= linear_few.MAX_ROWS:
+        if operation.startswith("norm"):
+            return None  # the norm by itself, then the product, is as fast or faster
         return linear_few.choose(rows, num_columns, size, "silu" in operation, multiprocessors)
     for row in TABLE[operation]:
         if rows <= row.max_rows and size <= row.max_size:

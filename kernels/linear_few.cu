@@ -1,12 +1,11 @@
 // Few rows of x [rows, K] times weight [columns, K] transposed, at the speed at which the weights are read:
 // kernels/linear_few.py compiles and launches this, and prefixes macros, wgmma() and hopper.cu:
 //
-//   HEIGHT   weight rows a block reads: a multiple of 16; with GATED runs of 8 of gate's and of up's, taken in turns
+//   HEIGHT   weight rows a block reads: a multiple of 16 up to 128; with GATED runs of 8 of gate's and of up's in turns
 //   ROWS     rows of x, and more of zeros: a multiple of 8 up to 64
 //   STAGES   tiles of weight and x in flight
 //   SPLITS   blocks of a cluster, each of which multiplies a part of K; their sums meet in shared memory
 //   GATED    silu(gate) * up of the two halves of the weight
-//   NORM     x is RMS-normalised: multiplied by the norm's weight here, by its scale in the end
 //
 // The weights are the left operand, 64 rows an instruction, so that few rows of x cost few registers: half of a
 // multiprocessor's, like half of its shared memory, is left for the next kernel, whose first weights come while this
@@ -14,47 +13,26 @@
 
 constexpr int DEPTH = 64;
 constexpr int W_BYTES = HEIGHT * DEPTH * 2, X_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = W_BYTES + X_BYTES;
-// Warpgroups, and the blocks of 64 weight rows that each multiplies; rows past the tile's are of no use to anyone.
-constexpr int GROUPS = HEIGHT > 64 ? 2 : 1, EACH = HEIGHT > 128 ? 2 : 1;
-constexpr int PAST = GROUPS * EACH * 64 * DEPTH * 2 - STAGE_BYTES, SLACK = PAST > 0 ? PAST : 0;
+// Warpgroups, which multiply 64 weight rows each; rows past the tile's are of no use to anyone.
+constexpr int GROUPS = HEIGHT > 64 ? 2 : 1;
+constexpr int PAST = GROUPS * 64 * DEPTH * 2 - STAGE_BYTES, SLACK = PAST > 0 ? PAST : 0;
 constexpr int CONSUMERS = 128 * GROUPS;
 constexpr int SHARE = HEIGHT / SPLITS;  // weight rows of the tile whose results this block of the cluster writes
 constexpr int OUT_WIDTH = GATED ? SHARE / 2 : SHARE;
-constexpr int PITCH = HEIGHT + 4;                               // floats between rows of the sums: no bank twice
-static_assert((ROWS * PITCH + ROWS) * 4 <= STAGES * STAGE_BYTES, "the sums go where the stages were");
-constexpr int CHUNKS = (ROWS * 8 + CONSUMERS - 1) / CONSUMERS;  // of 8 elements of x, a thread's in a stage
+constexpr int PITCH = HEIGHT + 4;  // floats between rows of the sums: no bank twice
+static_assert(ROWS * PITCH * 4 <= STAGES * STAGE_BYTES, "the sums go where the stages were");
 
 __device__ __forceinline__ void consumers_sync() { named_sync(1, CONSUMERS); }
 
-// Multiply this thread's elements of a stage's x by the norm's weight, and add up their squares.
-__device__ __forceinline__ void apply_norm(u32 x, const uint4 (&scale), float* squares) {
-  const u32 scales[4] = {scale.x, scale.y, scale.z, scale.w};
-#pragma unroll
-  for (int i = 0; i < CHUNKS; i++) {
-    const int chunk = threadIdx.x + i * CONSUMERS, row = chunk / 8;
-    if (ROWS * 8 % CONSUMERS != 0 && chunk >= ROWS * 8) break;
-    uint4* place = shared_pointer<uint4>(x + row * 128 + (chunk % 8 ^ row % 8) * 16);
-    const uint4 old = *place;
-    u32 words[4] = {old.x, old.y, old.z, old.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const float low = widen((half_bits)words[j]), high = widen((half_bits)(words[j] >> 16));
-      squares[i] += low * low + high * high;
-      words[j] = pack(low * widen((half_bits)scales[j]), high * widen((half_bits)(scales[j] >> 16)));
-    }
-    *place = make_uint4(words[0], words[1], words[2], words[3]);
-  }
-}
-
 extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(CONSUMERS + 32, 2) few(
     const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w, half_bits* out,
-    const half_bits* bias, const half_bits* residual, const half_bits* norm_weight, long long stride_out,
-    long long stride_residual, int rows, int columns, int size, int steps, float eps, u64 policy_x, u64 policy_w) {
+    const half_bits* bias, const half_bits* residual, long long stride_out, long long stride_residual, int rows,
+    int columns, int steps, u64 policy_x, u64 policy_w) {
   extern __shared__ char memory[];
   const u32 stages = (address_of(memory) + 1023) & ~1023u;
   // Behind the stages what the last block of 64 rows reaches past them, then the barriers.
   const u32 full = stages + STAGES * STAGE_BYTES + SLACK, empty = full + 8 * STAGES;
-  const u32 sums = stages, square_sums = sums + ROWS * PITCH * 4;  // once the stages are done with
+  const u32 sums = stages;  // once the stages are done with
   const int split = SPLITS == 1 ? 0 : cluster_rank(), tile = blockIdx.x / SPLITS;
   const int first = steps * split / SPLITS, last = steps * (split + 1) / SPLITS;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -101,29 +79,17 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(CONS
   }
 
   const int lane = threadIdx.x % 32;
-  float acc[EACH][ROWS / 2];
-  float squares[CHUNKS] = {};
+  float acc[ROWS / 2];
   wait_for_last();
   u32 slot = 0, phase = 0, before = 0;
   for (int step = first; step < last; step++) {
-    uint4 scale = make_uint4(0, 0, 0, 0);
-    const int k = step * DEPTH + threadIdx.x % 8 * 8;
-    if (NORM && k < size) scale = __ldg((const uint4*)(norm_weight + k));
     barrier_wait(full + 8 * slot, phase);
     const u32 w = stages + slot * STAGE_BYTES, x = w + W_BYTES;
-    if (NORM) {
-      apply_norm(x, scale, squares);
-      stores_fence();
-      consumers_sync();
-    }
     wgmma_fence();
+    const u64 left = matrix_descriptor(w + group * (64 * DEPTH * 2)), right = matrix_descriptor(x);
 #pragma unroll
-    for (int b = 0; b < EACH; b++) {
-      const u64 left = matrix_descriptor(w + (group * EACH + b) * (64 * DEPTH * 2)), right = matrix_descriptor(x);
-#pragma unroll
-      for (int part = 0; part < DEPTH / 16; part++)
-        wgmma(acc[b], left + 2 * part, right + 2 * part, step > first || part > 0);
-    }
+    for (int part = 0; part < DEPTH / 16; part++)
+      wgmma(acc, left + 2 * part, right + 2 * part, step > first || part > 0);
     wgmma_commit();
     if (step > first) {
       wgmma_wait<1>();
@@ -135,25 +101,13 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(CONS
   wgmma_wait<0>();
   consumers_sync();  // none multiplies any more: the stages' memory takes the sums
 
+  const int of_tile = threadIdx.x / 32 * 16 + lane / 4;  // the weight row; and + 8
 #pragma unroll
-  for (int b = 0; b < EACH; b++) {
-    const int row = (group * EACH + b) * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // of the tile's weight; and + 8
+  for (int i = 0; i < ROWS / 8; i++)
 #pragma unroll
-    for (int i = 0; i < ROWS / 8; i++)
-#pragma unroll
-      for (int j = 0; j < 4; j++)
-        if (row + j / 2 * 8 < HEIGHT)
-          store_shared(sums + ((8 * i + lane % 4 * 2 + j % 2) * PITCH + row + j / 2 * 8) * 4, acc[b][4 * i + j]);
-  }
-  if (NORM) {
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i++) {
-      const int chunk = threadIdx.x + i * CONSUMERS;
-#pragma unroll
-      for (int bit = 1; bit < 8; bit *= 2) squares[i] += __shfl_xor_sync(~0u, squares[i], bit);
-      if (chunk % 8 == 0 && chunk < ROWS * 8) store_shared(square_sums + chunk / 8 * 4, squares[i]);
-    }
-  }
+    for (int j = 0; j < 4; j++)
+      if (of_tile + j / 2 * 8 < HEIGHT)
+        store_shared(sums + ((8 * i + lane % 4 * 2 + j % 2) * PITCH + of_tile + j / 2 * 8) * 4, acc[4 * i + j]);
   if (SPLITS > 1) cluster_sync();
   else consumers_sync();
 
@@ -164,7 +118,6 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(CONS
     if (column >= columns) continue;
     const u32 from = sums + (row * PITCH + split * SHARE + run * (GATED ? 16 : 8)) * 4;
     float value[GATED ? 16 : 8] = {};
-    float square_sum = 0;
 #pragma unroll
     for (int s = 0; s < SPLITS; s++) {
 #pragma unroll
@@ -172,12 +125,6 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(CONS
         const float4 four = SPLITS == 1 ? load_shared(from + 4 * i) : load_cluster(address_in(from + 4 * i, s));
         value[i] += four.x, value[i + 1] += four.y, value[i + 2] += four.z, value[i + 3] += four.w;
       }
-      if (NORM) square_sum += load_cluster_one(address_in(square_sums + row * 4, s));
-    }
-    if (NORM) {
-      const float scale = rsqrtf(square_sum / size + eps);
-#pragma unroll
-      for (int i = 0; i < (GATED ? 16 : 8); i++) value[i] *= scale;
     }
     if (GATED) {
 #pragma unroll

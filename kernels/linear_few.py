@@ -2,7 +2,7 @@
 
 The kernel is linear_few.cu; here are its tiles and its launch. A product is cut so that all of it runs at one time,
 one block a multiprocessor: into tiles of weight rows and, where those would be low, into parts of K, whose sums a
-cluster of blocks adds up. RMSNorm in front, a gated activation, a bias and a residual behind it join in.
+cluster of blocks adds up. A gated activation, a bias and a residual behind it join in.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from kernels.hopper import DEPTH, FIRST_OUT, KEPT, kernel_text
 from kernels.launch import compile_in_rehearsal, dependent_launch, next_power_of_2
 
 MAX_ROWS = 64
-MAX_HEIGHT = 256
+MAX_HEIGHT = 128
+"""Of a tile; higher ones, of which half as many cover a weight, were slower."""
 SHARED_BYTES = 113 * 1024
 """Of shared memory a block may have so that two fit on a multiprocessor."""
-MAX_STAGES = 8
+MAX_STAGES = 16
 MANY_WAVES = 4
 """Of blocks, after which they no longer begin and end together."""
-BLOCK_COST = 16 * 4096
-"""Of a block's start and end, in elements that it could load meanwhile."""
+# Fitted to an H200, in elements that could be loaded meanwhile: a block's start and end, if it is a multiprocessor's
+# only one, one of two, which hide each other's, or one of more; what a split costs, and more for each row.
+ALONE_COST, PAIR_COST, BLOCK_COST = 15 * 4096, 4 * 4096, 9 * 4096
+SPLIT_COST, SPLIT_ROW_COST = 6000, 570
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,6 @@ class FewTile:
     rows: int
     splits: int = 1
     gated: bool = False
-    norm: bool = False
     half: bool = False
 
     @property
@@ -54,8 +56,7 @@ class FewTile:
     @property
     def slack_bytes(self) -> int:
         """What the last 64 weight rows of the last stage reach past it."""
-        blocks = self.groups * (2 if self.height > 128 else 1)
-        return max(0, blocks * 64 * DEPTH * 2 - self.stage_bytes)
+        return max(0, self.groups * 64 * DEPTH * 2 - self.stage_bytes)
 
     @property
     def stages(self) -> int:
@@ -69,7 +70,7 @@ class FewTile:
     @property
     def fits(self) -> bool:
         """Whether the kernel can be compiled: enough stages, and runs of 8 results for each split."""
-        sums = self.rows * (self.height + 5) * 4
+        sums = self.rows * (self.height + 4) * 4
         run = 16 if self.gated else 8
         return (
             self.height % 16 == 0 and 0 < self.height <= MAX_HEIGHT and self.height % (run * self.splits) == 0
@@ -81,7 +82,7 @@ class FewTile:
         """The kernel's text, whole."""
         values = {
             "HEIGHT": self.height, "ROWS": self.rows, "STAGES": self.stages, "SPLITS": self.splits,
-            "GATED": int(self.gated), "NORM": int(self.norm), "HALF": int(self.half),
+            "GATED": int(self.gated), "HALF": int(self.half),
         }  # fmt: skip
         return kernel_text("linear_few", values, self.rows)
 
@@ -99,8 +100,8 @@ class FewConfig:
     height: int
     splits: int = 1
 
-    def tile(self, rows: int, *, gated: bool, norm: bool, half: bool) -> FewTile:
-        return FewTile(self.height, padded_rows(rows), self.splits, gated, norm, half)
+    def tile(self, rows: int, *, gated: bool, half: bool) -> FewTile:
+        return FewTile(self.height, padded_rows(rows), self.splits, gated, half)
 
     def product(
         self,
@@ -109,15 +110,13 @@ class FewConfig:
         *,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
-        norm_weight: Tensor | None = None,
-        eps: float = 0.0,
         act: str = "",
     ) -> Tensor:
         """x [M, K] times weight [N, K] transposed, with what is asked for around it; with act, weight is [2N, K]."""
         gated = act == "silu"
         assert act in ("", "silu") and not (gated and (bias is not None or residual is not None))
         rows, size = x.shape
-        tile = self.tile(max(rows, 1), gated=gated, norm=norm_weight is not None, half=x.dtype == torch.float16)
+        tile = self.tile(max(rows, 1), gated=gated, half=x.dtype == torch.float16)
         kernel = tile_kernel(tile)
         columns = weight.shape[0] // (2 if gated else 1)
         out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
@@ -131,14 +130,10 @@ class FewConfig:
         arguments = [
             tensor_map(x, tile.rows),
             halves_map(weight, self.height // 16) if gated else tensor_map(weight, self.height),
-            *(
-                pointer(tensor.data_ptr() if tensor is not None else None)
-                for tensor in (out, bias, residual, norm_weight)
-            ),
+            *(pointer(tensor.data_ptr() if tensor is not None else None) for tensor in (out, bias, residual)),
             ctypes.c_longlong(columns),
             ctypes.c_longlong(residual.stride(0) if residual is not None else 0),
-            *(integer(value) for value in (rows, columns, size, steps)),
-            ctypes.c_float(eps),
+            *(integer(value) for value in (rows, columns, steps)),
             ctypes.c_uint64(KEPT),
             ctypes.c_uint64(FIRST_OUT),
         ]
@@ -156,7 +151,7 @@ def padded_rows(rows: int) -> int:
 def choose(rows: int, weight_rows: int, size: int, gated: bool, multiprocessors: int) -> FewConfig | None:
     """The config that leaves the busiest multiprocessor the least to load; None above MAX_ROWS rows.
 
-    x comes out of the L2 cache, at about twice the rate of memory. A block costs as much as a few rows of weights.
+    x comes out of the L2 cache, at about four times the rate of memory.
     """
     if rows > MAX_ROWS:
         return None
@@ -167,20 +162,19 @@ def choose(rows: int, weight_rows: int, size: int, gated: bool, multiprocessors:
             continue
         share = -(-weight_rows // height) * splits / multiprocessors
         waves = share if share > MANY_WAVES else math.ceil(share)
-        found.append((waves * ((height + padded / 2) * size / splits + BLOCK_COST), FewConfig(height, splits)))
+        cost = waves * (height + padded / 4) * size / splits
+        cost += ALONE_COST if waves == 1 else PAIR_COST if waves == 2 else waves * BLOCK_COST
+        cost += (splits - 1) * (SPLIT_COST + SPLIT_ROW_COST * padded)
+        found.append((cost, FewConfig(height, splits)))
     return min(found, key=lambda pair: (pair[0], pair[1].splits))[1]
 
 
-def unsupported(
-    x: Tensor, weight: Tensor, *others: Tensor | None, gated: bool = False, norm: bool = False
-) -> str | None:
-    """Why the kernel cannot take these operands; others: bias, residual, the norm's weight. None when it can."""
+def unsupported(x: Tensor, weight: Tensor, *others: Tensor | None, gated: bool = False) -> str | None:
+    """Why the kernel cannot take these operands; others: bias, residual. None when it can."""
     columns = weight.shape[0] // (2 if gated else 1)
     if columns % 8 or x.shape[1] % 8:
         return "the columns, or K, are no multiple of 8"
     for tensor in (x, weight, *others):
         if tensor is not None and ((tensor.dim() > 1 and tensor.stride(0) % 8) or tensor.storage_offset() % 8):
             return "rows do not start at multiples of 16 bytes"
-    if norm and x.dtype == torch.float16:
-        return "a float16 residual stream may overflow before it is normalised"
     return None

@@ -82,14 +82,16 @@ def hopper_candidates(rows: int, operation: str, columns: int, size: int) -> lis
 
 def few_candidates(rows: int, operation: str, columns: int, size: int) -> list[Config]:
     """Cuts of a product with 2 to 64 rows that nearly fill the multiprocessors once or twice, or many times."""
-    gated, norm = "silu" in operation, operation.startswith("norm")
+    if operation.startswith("norm"):
+        return []
+    gated = "silu" in operation
     multiprocessors = num_multiprocessors(torch.device("cuda", 0))
     found: list[Config] = []
     for splits, height in itertools.product((1, 2, 4, 8), range(16, MAX_HEIGHT + 1, 16)):
         waves = -(-columns // height) * splits / multiprocessors
         full = waves > 3 if columns > 64 * multiprocessors * 4 else waves / -(-waves // 1) > 0.9 and waves <= 2
         config = FewConfig(height, splits)
-        if full and splits <= size // 256 and config.tile(rows, gated=gated, norm=norm, half=False).fits:
+        if full and splits <= size // 256 and config.tile(rows, gated=gated, half=False).fits:
             found.append(config)
     return found
 

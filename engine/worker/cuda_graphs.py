@@ -30,11 +30,13 @@ _TABLE_ROWS = _SEEDS + 2
 
 
 def graph_sizes(max_seqs: int) -> list[int]:
-    """Batch sizes that are padded to: few, and none pads by more than a third from 4 rows on."""
-    sizes = [1, 2, 4, 8]
+    """Batch sizes that are padded to: powers of two up to 64, then multiples of 64, the rows of a product's tile.
+
+    Up to 64 rows a step is a read of the weights, and then tiles take as long whatever is in them.
+    """
+    sizes = [1]
     while sizes[-1] < max_seqs:
-        last = sizes[-1]
-        sizes.append(last + max(8, 1 << (last.bit_length() - 3)))
+        sizes.append(sizes[-1] + min(sizes[-1], 64))
     return [size for size in sizes if size < max_seqs] + [max_seqs]
 
 

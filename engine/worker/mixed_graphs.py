@@ -30,14 +30,13 @@ DEPENDENT_LAUNCH_TOKENS = 1024
 
 
 def token_sizes(max_tokens: int) -> list[int]:
-    """Numbers of tokens that are padded to, none by more than a third from 32 on; from 384 on multiples of 128.
+    """Numbers of tokens that are padded to: like decodes', and multiples of 128 from 384 on.
 
-    Products are cut into tiles of 128 rows: a step of 576 tokens took longer on an H200 than one of 640.
+    Large products are cut into tiles of 128 rows: a step of 576 tokens took longer on an H200 than one of 640.
     """
     sizes = [16]
     while sizes[-1] < min(max_tokens, MAX_TOKENS):
-        last = sizes[-1]
-        sizes.append(last + (max(16, 1 << (last.bit_length() - 3)) if last < 384 else 128))
+        sizes.append(sizes[-1] + (min(sizes[-1], 64) if sizes[-1] < 384 else 128))
     return [size for size in sizes if size < max_tokens] + ([max_tokens] if max_tokens <= MAX_TOKENS else [])
 
 

@@ -106,7 +106,6 @@ inline u32 cluster_rank() { return now->block % cluster_blocks; }
 inline int member(u32 rank) { return now->block / cluster_blocks * cluster_blocks + (int)rank; }
 inline u64 address_in(u32 address, u32 rank) { return (u64)(member(rank) + 1) << 32 | address; }
 inline float4 load_cluster(u64 address) { return *(float4*)at(address, 16); }
-inline float load_cluster_one(u64 address) { return *(float*)at(address, 4); }
 inline float4 load_shared(u32 address) { return load_cluster(address); }
 inline void store_shared(u32 address, float v) { *(float*)at(address, 4) = v; }
 
