@@ -44,6 +44,9 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     # A request whose replica died before it said anything goes to another one: that costs tokens, and changes nothing.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # Past replicas that are dead, but not known to be: the first request that cannot connect to one finds it out.
+    "RAY_SERVE_HAPROXY_RETRIES": "5",
+    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
     # For that it must fit into a buffer: in 256 KiB, 32k tokens of most texts do. A connection takes 0.45 MiB then.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 << 10),
     # Every change of replicas has a new HAProxy take over; the old one ends streams that still run after this long.
