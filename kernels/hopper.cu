@@ -144,6 +144,46 @@ __device__ __forceinline__ u32 arrivals(const u32* counter) {
   return count;
 }
 
+// The same, giving how many had arrived before; what they had stored is seen.
+__device__ __forceinline__ u32 count_and_see(u32* counter) {
+  __threadfence();
+  const u32 before = atomicAdd(counter, 1u);
+  __threadfence();
+  return before;
+}
+
+// Four matrices of 8 x 8 from shared memory, a row's address from each lane: lane l gets elements 2 * (l % 4) and the next of
+// rows l / 4; transposed: of columns l / 4.
+__device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(u32 (&to)[4], u32 row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
+}
+
+// An 8 x 8 matrix of which each lane has elements 2 * (l % 4) and the next of row l / 4.
+__device__ __forceinline__ u32 transposed(u32 two) {
+  u32 out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(two));
+  return out;
+}
+
+// d [16, 8] += a [16, 16] times b [16, 8]
+__device__ __forceinline__ void multiply_add(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#if HALF
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000); }
+
 __device__ __forceinline__ float power_of_two(float x) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));

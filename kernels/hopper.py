@@ -14,10 +14,8 @@ import torch
 from kernels.cuda_source import nvrtc_version
 from kernels.launch import capability
 
-KINDS = ("products", "norms", "few", "prefill")
-"""Of kernels: large products, norms that join in with them, products of few rows, attention of prompts."""
-MEASURED = ("products", "norms", "few", "prefill")
-"""Those that have been checked and timed on a GPU."""
+KINDS = ("products", "norms", "few", "decode", "prefill")
+"""Of kernels: large products, norms that join in with them, products of few rows, attention."""
 
 
 def parse_kinds(text: str) -> frozenset[str]:
@@ -30,7 +28,7 @@ def parse_kinds(text: str) -> frozenset[str]:
     return kinds
 
 
-USED = parse_kinds(os.environ.get("MANTA_HOPPER", ",".join(MEASURED)))
+USED = parse_kinds(os.environ.get("MANTA_HOPPER", "all"))
 """By the engine, in this process."""
 DEPTH = 64
 """Of K a stage: 128 bytes, the width of the swizzle."""
@@ -45,7 +43,7 @@ def uses(kind: str) -> bool:
     return kind in USED
 
 
-def kernel_text(name: str, values: dict[str, int], width: int, values_width: int = 0) -> str:
+def kernel_text(name: str, values: dict[str, int], width: int = 0, values_width: int = 0) -> str:
     """The whole source of `name`.cu, compiled with these macros, HALF among them.
 
     width, values_width: with wgmma(), and wgmma_values(), of so many columns.
@@ -53,7 +51,7 @@ def kernel_text(name: str, values: dict[str, int], width: int, values_width: int
     macros = "".join(f"#define {macro} {value}\n" for macro, value in values.items())
     texts = [Path(__file__).with_name(f"{file}.cu").read_text(encoding="utf-8") for file in ("hopper", name)]
     half = bool(values["HALF"])
-    products = _wgmma(width, half) + (_wgmma_values(values_width, half) if values_width else "")
+    products = (_wgmma(width, half) if width else "") + (_wgmma_values(values_width, half) if values_width else "")
     return macros + products + "".join(texts)
 
 

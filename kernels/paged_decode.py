@@ -1,14 +1,17 @@
 """Decode attention in Triton: the whole batch's context, flattened and cut into one equal slice a program.
 
-The unit of work is a tile of TILE tokens of one sequence. All tiles of a batch, sequence after sequence, form a list;
-slice g is its tiles [g * per_slice, (g + 1) * per_slice), and programs (g, h), h over the key/value heads, run next to
-each other, so that the heads of a token are read from memory together. A slice that holds a whole sequence writes its
-output; a sequence cut between slices leaves partial results, which the last program to arrive merges.
+The unit of work is a tile of TILE tokens of one sequence; a sequence's start counts as START units more, before its
+tiles. All units of a batch, sequence after sequence, form a list, of which slice g is [g * per_slice, (g + 1) *
+per_slice). Programs (g, h), h over the key/value heads, run next to each other, so that the heads of a token are read
+from memory together. A slice that holds a whole sequence writes its output; a sequence cut between slices leaves
+partial results, which the last program to arrive merges. Rows behind the last with a context are padding: they are no
+units, and their output is zeros.
 Symbols as in FlashAttention, Dao 2023: m running maximum, l running sum, acc running output. Split as in stream-K,
 Osama et al. 2023.
 
 The plan (int32) is made on the device, once a step:
-  [0] per_slice; [1 + g], [1 + S + g] the sequence and the tile in it where slice g starts; [1 + 2S + b] tiles before b.
+  [0] per_slice; [1] rows up to the last with a context; [2 + g], [2 + S + g] the sequence and the tile in it where
+  slice g starts, negative among the units before the first tile; [2 + 2S + b] units before b's first tile.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import decode_hopper
+from kernels.decode_hopper import DecodeShape
+from kernels.hopper import uses
 from kernels.launch import dependent_launch, next_power_of_2, num_multiprocessors
 from kernels.registry import jit, tl
 
@@ -33,6 +39,8 @@ class DecodeConfig:
     num_stages: int = 3
     programs_per_multiprocessor: int = 4
     min_tiles: int = 1  # the least work of a slice: fewer slices are cheaper to merge
+    start_tiles: int = 1  # what a sequence's start costs: looking it up, and its output
+    hopper: bool = False  # kernels.decode_hopper runs it, all key/value heads in one program
 
 
 def decode_config(head_dim: int, element_size: int, num_seqs: int) -> DecodeConfig:
@@ -43,6 +51,17 @@ def decode_config(head_dim: int, element_size: int, num_seqs: int) -> DecodeConf
     if row_bytes > 256:
         return DecodeConfig(num_warps=4, programs_per_multiprocessor=2)
     return DecodeConfig(programs_per_multiprocessor=2 if num_seqs <= 4 else 4)
+
+
+def hopper_config(k_cache: Tensor, num_seqs: int) -> DecodeConfig | None:
+    """The cut for kernels.decode_hopper, where it can run and is faster. The Triton kernel could run it, too."""
+    if not uses("decode") or num_seqs < decode_hopper.LEAST_SEQUENCES:
+        return None
+    if decode_hopper.unsupported(k_cache) is not None:
+        return None
+    heads = k_cache.shape[2]
+    blocks = DecodeShape(heads, 1, k_cache.shape[3]).blocks_per_multiprocessor
+    return DecodeConfig(tile=decode_hopper.TILE, programs_per_multiprocessor=heads * blocks, hopper=True)
 
 
 @dataclass(frozen=True)
@@ -67,28 +86,31 @@ def _first_tile(context_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
 @jit(do_not_specialize=["num_seqs", "num_slices"])
 def _plan_kernel(
     context_lens, plan, num_seqs, num_slices, min_tiles,
-    B: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    B: tl.constexpr, TILE: tl.constexpr, START: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     b = tl.arange(0, B)
     lens = tl.load(context_lens + b, mask=b < num_seqs, other=0)
+    num_live = tl.max(tl.where(lens > 0, b + 1, 0), 0)
     tiles = tl.maximum((lens + TILE - 1) // TILE - _first_tile(lens, TILE, WINDOW), 1)
-    tiles = tl.where(b < num_seqs, tiles, 0)
-    ends = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0)
-    per_slice = tl.maximum((total + num_slices - 1) // num_slices, min_tiles)
+    units = tl.where(b < num_live, START + tiles, 0)
+    ends = tl.cumsum(units, 0)
+    total = tl.sum(units, 0)
+    per_slice = tl.maximum((total + num_slices - 1) // num_slices, START + min_tiles)
     tl.store(plan, per_slice)
-    tl.store(plan + 1 + 2 * num_slices + b, ends - tiles, mask=b < num_seqs)
+    tl.store(plan + 1, num_live)
+    tl.store(plan + 2 + 2 * num_slices + b, ends - units + START, mask=b < num_seqs)
     for first in range(0, num_slices, CHUNK):
         g = first + tl.arange(0, CHUNK)
         start = tl.minimum(g * per_slice, total)
         before = ends[None, :] <= start[:, None]
         seq = tl.sum(before.to(tl.int32), 1)
-        tile = start - tl.max(tl.where(before, ends[None, :], 0), 1)
-        tl.store(plan + 1 + g, tl.minimum(seq, num_seqs), mask=g < num_slices)
-        tl.store(plan + 1 + num_slices + g, tile, mask=g < num_slices)
+        unit = start - tl.max(tl.where(before, ends[None, :], 0), 1)
+        tl.store(plan + 2 + g, tl.minimum(seq, num_live), mask=g < num_slices)
+        tl.store(plan + 2 + num_slices + g, unit - START, mask=g < num_slices)
 
 
 @jit(do_not_specialize=["num_seqs", "num_slices"])
@@ -98,8 +120,8 @@ def _decode_kernel(
     stride_qb, stride_qh, stride_kn, stride_ks, stride_kh, stride_vn, stride_vs, stride_vh, stride_tb, stride_ob,
     stride_oh,
     HKV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-    G: tl.constexpr, G_OUT: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SEGMENTS: tl.constexpr, STAGES: tl.constexpr, KEEP_EMPTY: tl.constexpr, PDL: tl.constexpr,
+    START: tl.constexpr, G: tl.constexpr, G_OUT: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, SEGMENTS: tl.constexpr, STAGES: tl.constexpr, KEEP_EMPTY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -107,15 +129,17 @@ def _decode_kernel(
     g = tl.program_id(0) // HKV
     h = tl.program_id(0) % HKV
     per_slice = tl.load(plan)
-    seq = tl.load(plan + 1 + g)
-    first = tl.load(plan + 1 + num_slices + g)
+    num_live = tl.load(plan + 1)
+    seq = tl.load(plan + 2 + g)
+    first = tl.load(plan + 2 + num_slices + g)
     row = tl.arange(0, G)
     d = tl.arange(0, D)
     token = tl.arange(0, TILE)
     in_d = d < HEAD_DIM
     is_first_segment = 1
-    left = per_slice
-    while (left > 0) & (seq < num_seqs):
+    left = per_slice + tl.minimum(first, 0)
+    first = tl.maximum(first, 0)
+    while (left > 0) & (seq < num_live):
         context_len = tl.load(context_lens + seq)
         skipped = _first_tile(context_len, TILE, WINDOW)
         num_tiles = tl.maximum((context_len + TILE - 1) // TILE - skipped, 1)
@@ -165,7 +189,7 @@ def _decode_kernel(
             tl.store(p_ptrs, acc, mask=(row < G_OUT)[:, None] & in_d[None, :])
             tl.debug_barrier()
             # Slices [g_first, g_last] hold this sequence; the last one to arrive merges them.
-            before = tl.load(plan + 1 + 2 * num_slices + seq)
+            before = tl.load(plan + 2 + 2 * num_slices + seq)
             g_first = before // per_slice
             g_last = (before + num_tiles - 1) // per_slice
             count = tl.atomic_add(arrived + seq * HKV + h, 1, sem="acq_rel")
@@ -175,10 +199,17 @@ def _decode_kernel(
                     HKV, GROUP, HEAD_DIM, G_OUT, D, SEGMENTS,
                 )  # fmt: skip
                 tl.store(arrived + seq * HKV + h, 0)
-        left -= take
+        left -= take + START
         seq += 1
         first = first * 0
         is_first_segment = 0
+    if not KEEP_EMPTY:
+        padding = num_live + g
+        while padding < num_seqs:
+            out_ptrs = out + padding.to(tl.int64) * stride_ob + (h * GROUP + row)[:, None] * stride_oh + d[None, :]
+            nothing = tl.zeros([G, D], out.dtype.element_ty)
+            tl.store(out_ptrs, nothing, mask=(row < GROUP)[:, None] & in_d[None, :])
+            padding += num_slices
 
 
 @jit
@@ -192,7 +223,7 @@ def _merge(
     d = tl.arange(0, D)
     segment = tl.arange(0, SEGMENTS)
     # A slice that starts inside the sequence has it as its first segment; the slice it begins in may have it as last.
-    second = (tl.load(plan + 1 + g_first) != seq).to(tl.int32)
+    second = (tl.load(plan + 2 + g_first) != seq).to(tl.int32)
     m = tl.full([G_OUT], float("-inf"), tl.float32)
     l = tl.zeros([G_OUT], tl.float32)  # noqa: E741
     acc = tl.zeros([G_OUT, D], tl.float32)
@@ -224,16 +255,16 @@ def make_work(
     """Cut a step's contexts into slices, on the device, without looking at the lengths from the host."""
     num_seqs = context_lens.shape[0]
     num_kv_heads, head_dim = k_cache.shape[2:]
-    config = config or decode_config(head_dim, k_cache.element_size(), num_seqs)
+    config = config or hopper_config(k_cache, num_seqs) or decode_config(head_dim, k_cache.element_size(), num_seqs)
     programs = num_multiprocessors(k_cache.device) * config.programs_per_multiprocessor
     num_slices = max(1, programs // num_kv_heads)
-    plan = torch.empty(1 + 2 * num_slices + num_seqs, dtype=torch.int32, device=context_lens.device)
+    plan = torch.empty(2 + 2 * num_slices + num_seqs, dtype=torch.int32, device=context_lens.device)
     arrived = torch.zeros(num_seqs, num_kv_heads, dtype=torch.int32, device=context_lens.device)
     padded = max(next_power_of_2(num_seqs), 256)  # few variants to compile
     _plan_kernel[(1,)](
         context_lens, plan, num_seqs, num_slices, config.min_tiles,
-        B=padded, TILE=config.tile, WINDOW=sliding_window, CHUNK=max(1, min(32, 16384 // padded)), num_warps=8,
-        **dependent_launch(plan),
+        B=padded, TILE=config.tile, START=config.start_tiles, WINDOW=sliding_window,
+        CHUNK=max(1, min(32, 16384 // padded)), num_warps=8, **dependent_launch(plan),
     )  # fmt: skip
     return DecodeWork(plan, arrived, num_slices, config, sliding_window)
 
@@ -257,6 +288,9 @@ def decode(
     num_seqs, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
+    if work.config.hopper and group <= decode_hopper.MAX_GROUP and softcap <= 0:
+        arguments = (q, k_cache, v_cache, block_tables, context_lens)
+        return decode_hopper.decode(*arguments, scale=scale, work=work, into=into)
     group_out, padded_dim = next_power_of_2(group), max(next_power_of_2(head_dim), 16)
     out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device) if into is None else into
     slots = work.num_slices * 2 * num_kv_heads
@@ -269,7 +303,8 @@ def decode(
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
         out.stride(0), out.stride(1),
         HKV=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=config.tile,
-        G=max(16, group_out), G_OUT=group_out, D=padded_dim, WINDOW=work.sliding_window, SOFTCAP=softcap > 0,
+        START=config.start_tiles, G=max(16, group_out), G_OUT=group_out, D=padded_dim, WINDOW=work.sliding_window,
+        SOFTCAP=softcap > 0,
         SEGMENTS=max(2, min(8, 4096 // (group_out * padded_dim))), STAGES=config.num_stages,
         KEEP_EMPTY=into is not None, num_warps=config.num_warps, **dependent_launch(q),
     )  # fmt: skip

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain, islice, product
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,6 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Case = tuple[str, Callable[[], list[Tensor]], Callable[[], list[Tensor]], torch.dtype]
-
-# Contexts of the sequences that a decode is timed with, in tokens.
-DECODES = {
-    "1 x 256": [256],
-    "1 x 8192": [8192],
-    "4 x 1024": [1024] * 4,
-    "16 x 1024": [1024] * 16,
-    "32 x 600": [600] * 32,
-    "64 x 600": [600] * 64,
-    "128 x 600": [600] * 128,
-    "256 x 640": [640] * 256,
-    "256 mixed": [8 + 977 * i % 1400 for i in range(256)],
-}
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -248,16 +235,15 @@ def time_small() -> Iterator[Timing]:
 
 
 def time_attention() -> Iterator[Timing]:
-    """Attention of Llama-3-8B's heads; decode also with half the key/value heads: Llama-3-70B's of one rank of two."""
-    for (kv_heads, label), (name, lens) in product(((8, ""), (4, ", 4 heads")), DECODES.items()):
-        bytes_read = sum(lens) * kv_heads * 512
-        copies = max(2, min(16, (2 << 30) // bytes_read))
-        layers = [paged_cache(lens, 16, kv_heads, 128, torch.bfloat16) for _ in range(copies)]
+    """Attention of Llama-3-8B's heads."""
+    for name, lens in (("1 x 256", [256]), ("1 x 8192", [8192]), ("64 x 600", [600] * 64), ("256 x 640", [640] * 256)):
+        copies = max(2, min(16, (2 << 30) // (sum(lens) * 4096)))
+        layers = [paged_cache(lens, 16, 8, 128, torch.bfloat16) for _ in range(copies)]
         contexts = torch.tensor(lens, device="cuda", dtype=torch.int32)
         q = rand(len(lens), 32, 128, dtype=torch.bfloat16)
         plan = paged_attention.plan_decode(layers[0][0], layers[0][2], contexts)
         us = time_us([partial(paged_attention.decode, q, *c, contexts, scale=0.09, plan=plan) for c in layers])
-        yield Timing(f"decode attention {name}{label}", us, bytes_read)
+        yield Timing(f"decode attention {name}", us, sum(lens) * 4096)
     for name, contexts_list, queries in (("2 x 4096", [4096] * 2, [4096] * 2), ("1 x 512 of 8704", [8704], [512])):
         cache = paged_cache(contexts_list, 16, 8, 128, torch.bfloat16)
         contexts = torch.tensor(contexts_list, device="cuda", dtype=torch.int32)
@@ -270,6 +256,8 @@ def time_attention() -> Iterator[Timing]:
 
 def time_prefill() -> Iterator[Timing]:
     """Prefill attention of Llama-3-8B's heads, in Triton and on Hopper's matrix units."""
+    for name, us, num_bytes in hopper_checks.decode_timings():
+        yield Timing(name, us, num_bytes)
     for name, us, flop in prefill_checks.timings():
         yield Timing(f"prefill {name}", us, flop=flop)
 

@@ -1,4 +1,4 @@
-"""Products in CUDA C++ for Hopper, for scripts.check_kernels: parity."""
+"""CUDA kernels for Hopper, for scripts.check_kernels: parity of products and decode attention, and decode's times."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import activation, hopper
+from kernels import activation, hopper, paged_attention, paged_decode
+from kernels.decode_hopper import TILE, DecodeShape
 from kernels.linear_few import FewConfig
 from kernels.linear_hopper import HopperConfig
+from kernels.paged_decode import DecodeConfig
 from kernels.rms_norm import rms_norm
+from scripts.kernel_timing import paged_cache, time_us
 
 Case = tuple[str, Callable[[], list[Tensor]], Callable[[], list[Tensor]], torch.dtype]
 
@@ -23,12 +26,13 @@ def rand(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
-    """Every tile, split and what joins in, at sizes that fill no tile."""
+    """Every tile, split and what joins in, at sizes that fill no tile; attention over cut and empty contexts."""
     if dtype == torch.float32 or hopper.why_not(torch.device("cuda", 0)) is not None:
         return
     yield from _products(dtype, small)
     yield from _norms(dtype, small)
     yield from _few_products(dtype, small)
+    yield from _decodes(dtype, small)
 
 
 def _products(dtype: torch.dtype, small: bool) -> Iterator[Case]:
@@ -115,3 +119,66 @@ def _product(config: HopperConfig | FewConfig, x: Tensor, weight: Tensor, **arou
 
     name = f"{config} {x.shape[0]}x{weight.shape[0]}x{x.shape[1]} {'+'.join(around)}"
     return name, lambda: [config.product(x, weight, **around)], expected, x.dtype
+
+
+def _decodes(dtype: torch.dtype, small: bool) -> Iterator[Case]:
+    batches = (
+        [[40, 1, 0, 77, 16, 0, 0]]
+        if small
+        else [[1], [40, 1, 0, 77, 16], [3000, 17, *[0] * 14], [61 * i % 1500 for i in range(70)] + [0] * 58]
+    )
+    shapes = ((8, 4, 128), (4, 8, 128), (2, 7, 64), (1, 1, 128), (3, 2, 64))
+    for (heads, group, head_dim), lens, window, block_size in product(shapes, batches, (0, 100), (16, 32)):
+        k, v, tables = paged_cache([max(n, 1) for n in lens], block_size, heads, head_dim, dtype)
+        contexts = torch.tensor(lens, device="cuda", dtype=torch.int32)
+        q = rand(len(lens), heads * group + 2, head_dim, dtype=dtype)[:, : heads * group]
+        work = paged_decode.make_work(k, contexts, window, hopper_cut(k))
+        options = {"scale": head_dim**-0.5, "sliding_window": window}
+        arguments = (q, k, v, tables, contexts)
+        yield (
+            f"decode hopper {heads}x{group}x{head_dim} blocks of {block_size}, {len(lens)} sequences, window {window}",
+            partial(_twice, partial(paged_decode.decode, *arguments, scale=head_dim**-0.5, softcap=0.0, work=work)),
+            partial(_definition, arguments, options),
+            dtype,
+        )
+
+
+def _twice(call: Callable[[], Tensor]) -> list[Tensor]:
+    """The second result: counters must be as they were before the first."""
+    call()
+    return [call()]
+
+
+def _definition(arguments: tuple[Tensor, ...], options: dict[str, Any]) -> list[Tensor]:
+    q, k, v, *rest = arguments
+    return [paged_attention.decode.definition(q.float(), k.float(), v.float(), *rest, **options)]
+
+
+def hopper_cut(k_cache: Tensor) -> DecodeConfig:
+    """The config with which kernels.decode_hopper runs, whatever the number of sequences."""
+    heads = k_cache.shape[2]
+    blocks = DecodeShape(heads, 1, k_cache.shape[3]).blocks_per_multiprocessor
+    return DecodeConfig(tile=TILE, programs_per_multiprocessor=heads * blocks, hopper=True)
+
+
+def decode_timings() -> Iterator[tuple[str, float, int]]:
+    """Decode attention of Llama-3-8B's heads, and of a rank of 70B's two: Triton's and ours, µs and bytes read."""
+    mixed = [8 + 977 * i % 1400 for i in range(256)]
+    batches = {"256 x 640": [640] * 256, "256 mixed": mixed, "128 x 600": [600] * 128, "64 x 600": [600] * 64,
+               "32 x 600": [600] * 32, "16 x 1024": [1024] * 16, "4 x 1024": [1024] * 4}  # fmt: skip
+    for (heads, group), (name, lens) in product(((8, 4), (4, 8)), batches.items()):
+        bytes_read = sum(lens) * heads * 512
+        layers = [
+            paged_cache(lens, 16, heads, 128, torch.bfloat16) for _ in range(max(2, min(16, (2 << 30) // bytes_read)))
+        ]
+        contexts = torch.tensor(lens, device="cuda", dtype=torch.int32)
+        q = rand(len(lens), heads * group, 128, dtype=torch.bfloat16)
+        triton = paged_decode.decode_config(128, 2, len(lens))
+        kinds = {"triton": triton}
+        if hopper.why_not(q.device) is None:
+            kinds["hopper"] = hopper_cut(layers[0][0])
+        for kind, config in kinds.items():
+            work = paged_decode.make_work(layers[0][0], contexts, 0, config)
+            call = partial(paged_decode.decode, q, scale=0.09, softcap=0.0, work=work)
+            calls = [partial(call, k_cache=k, v_cache=v, block_tables=t, context_lens=contexts) for k, v, t in layers]
+            yield f"decode {heads}x{group} {name} {kind}", time_us(calls), bytes_read

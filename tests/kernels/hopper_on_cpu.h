@@ -245,7 +245,9 @@ inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 template <typename T> T __ldg(const T* p) { return *p; }
 template <typename T> T __ldcg(const T* p) { return *p; }
 template <typename T> void __stcg(T* p, T v) { *p = v; }
+inline float minus_infinity() { return -INFINITY; }
 inline float power_of_two(float x) { return exp2f(x); }
+inline u32 count_and_see(u32* counter) { return events++, (*counter)++; }
 inline int atomicAdd(int* p, int v) { return (*p += v) - v; }
 inline u32 atomicAdd(u32* p, u32 v) { return (*p += v) - v; }
 inline void atomicExch(u32* p, u32 v) { *p = v; }
@@ -299,6 +301,33 @@ template <int LEFT> void wgmma_wait() {
   __syncwarp();
 }
 
+// --- products of a warp
+
+inline void load_matrices(u32 (&to)[4], u32 row, bool transposed = false) {
+  const Lanes<u32> rows(row);
+  const int lane = now->number % 32;
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 2; j++) {
+      const int from = i * 8 + (transposed ? lane % 4 * 2 + j : lane / 4), element = transposed ? lane / 4 : lane % 4 * 2 + j;
+      memcpy((char*)&to[i] + 2 * j, at(rows.of[from] + 2 * element, 2), 2);
+    }
+}
+inline void load_matrices_transposed(u32 (&to)[4], u32 row) { load_matrices(to, row, true); }
+inline half_bits element_of(const Lanes<u32>& matrix, int row, int column) {
+  return (half_bits)(matrix.of[row * 4 + column / 2] >> column % 2 * 16);
+}
+inline u32 transposed(u32 two) {
+  const Lanes<u32> all(two);
+  const int row = now->number % 32 / 4, column = now->number % 4 * 2;
+  return (u32)element_of(all, column + 1, row) << 16 | element_of(all, column, row);
+}
+inline void multiply_add(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  const Lanes<u32> as[4] = {a[0], a[1], a[2], a[3]}, bs[2] = {b[0], b[1]};
+  const int row = now->number % 32 / 4, column = now->number % 4 * 2;
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 16; k++)
+      d[i] += widen(element_of(as[i / 2 + k / 8 * 2], row, k % 8)) * widen(element_of(bs[k / 8], column + i % 2, k % 8));
+}
 inline void stores_fence() {}
 inline void let_next_start() {}
 inline void wait_for_last() {}

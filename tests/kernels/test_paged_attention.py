@@ -87,35 +87,44 @@ def test_large_heads(dim: int) -> None:
         assert relative_error(prefill(new, k, v, tables, lens, cu, 30, scale=dim**-0.5), expected) < 1e-6
 
 
-@pytest.mark.parametrize("slices_a_processor", [1, 3, 16])
-@pytest.mark.parametrize("min_tiles", [1, 3])
-def test_decode_is_the_same_however_it_is_sliced(slices_a_processor: int, min_tiles: int) -> None:
-    k, v, tables, lens = batch(LENS, 2, 32, torch.float32)
-    q = torch.randn(len(LENS), 4, 32)
-    expected = attention(q, k, v, tables, lens, [1] * len(LENS), 0.2)
-    work = paged_decode.make_work(k, lens, 0, DecodeConfig(16, 4, 2, slices_a_processor, min_tiles))
+@pytest.mark.parametrize(
+    ("slices_a_processor", "min_tiles", "start_tiles", "padding"),
+    [(1, 1, 1, 0), (1, 3, 0, 11), (3, 1, 1, 11), (3, 3, 4, 0), (16, 1, 1, 11), (16, 3, 0, 0), (16, 1, 4, 30)],
+)
+def test_decode_is_the_same_however_it_is_sliced(
+    slices_a_processor: int, min_tiles: int, start_tiles: int, padding: int
+) -> None:
+    context_lens = [*LENS, *[0] * padding]
+    k, v, tables, lens = batch(context_lens, 2, 32, torch.float32)
+    q = torch.randn(len(context_lens), 4, 32)
+    expected = attention(q, k, v, tables, lens, [1] * len(context_lens), 0.2)
+    config = DecodeConfig(16, 4, 2, slices_a_processor, min_tiles, start_tiles)
+    work = paged_decode.make_work(k, lens, 0, config)
     out = paged_decode.decode(q, k, v, tables, lens, scale=0.2, softcap=0.0, work=work)
     assert relative_error(out, expected) < 1e-6
     assert not work.arrived.any(), "the counters are not back at zero"
 
 
-def test_slices_are_equal_and_cover_every_tile_once() -> None:
-    lens = torch.tensor([700, 1, 0, 64, 65, 3000], dtype=torch.int32)
+@pytest.mark.parametrize("start_tiles", [0, 1, 3])
+def test_slices_are_equal_and_cover_every_tile_once(start_tiles: int) -> None:
+    lens = torch.tensor([700, 1, 0, 64, 65, 3000, 0, 0], dtype=torch.int32)
     k = torch.empty(1, BLOCK_SIZE, 2, 32)
-    work = paged_decode.make_work(k, lens, 0, DecodeConfig(tile=64, programs_per_multiprocessor=5))
-    plan, slices = work.plan.tolist(), work.num_slices
-    tiles = [max(1, -(-n // 64)) for n in lens.tolist()]
-    before = [0, *accumulate(tiles)][:-1]
-    assert plan[1 + 2 * slices :] == before
+    config = DecodeConfig(tile=64, programs_per_multiprocessor=5, start_tiles=start_tiles)
+    work = paged_decode.make_work(k, lens, 0, config)
+    plan, slices, live = work.plan.tolist(), work.num_slices, 6
+    units = [start_tiles + max(1, -(-n // 64)) for n in lens.tolist()[:live]]
+    before = [0, *accumulate(units)]
+    assert plan[1] == live, "what lies behind the last context is nobody's work"
+    assert plan[2 + 2 * slices :][:live] == [start_tiles + b for b in before[:-1]]
     per_slice = plan[0]
-    assert per_slice == -(-sum(tiles) // slices)
+    assert per_slice == max(-(-sum(units) // slices), start_tiles + 1)
     for g in range(slices):
-        start = min(g * per_slice, sum(tiles))
-        if start < sum(tiles):
-            seq = max(b for b in range(len(tiles)) if before[b] <= start)
-            assert (plan[1 + g], plan[1 + slices + g]) == (seq, start - before[seq])
+        place = min(g * per_slice, sum(units))
+        if place < sum(units):
+            seq = max(b for b in range(live) if before[b] <= place)
+            assert (plan[2 + g], plan[2 + slices + g]) == (seq, place - before[seq] - start_tiles)
         else:
-            assert plan[1 + g] == len(tiles)
+            assert plan[2 + g] == live
 
 
 RUNS = [(1, 1), (37, 20), (5, 0), (130, 70), (64, 64), (90, 1), (16, 3)]  # (context, new tokens)
