@@ -67,13 +67,16 @@ class EngineLink:
 
     async def health(self) -> DriverHealth:
         """What the engine knows of itself; "failed" when it does not answer or could not be brought back."""
-        if self._client is None:
+        client = self._client
+        if client is None:
             return DriverHealth(
                 "failed" if self._failure else "recovering",
                 self._failure or "the engine is started again",
                 waiting_for=self.missing,
             )
         try:
-            return await self._client.health()
+            return await client.health()
         except EngineUnavailable as error:
+            if self._client is not client:  # it was lost while it was asked, and that is known by now
+                return await self.health()
             return DriverHealth("failed", str(error))

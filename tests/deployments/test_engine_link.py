@@ -75,3 +75,29 @@ def test_an_engine_that_does_not_answer_has_failed() -> None:
     link = EngineLink()
     link.attach(Client(silent=True))
     assert state(link) == ("failed", "no answer", "")
+
+
+@pytest.mark.parametrize("reason", ["", "it burns"])
+def test_an_engine_that_is_lost_while_it_is_asked(reason: str) -> None:
+    """What is true by then is said: another is started, or none can be."""
+    link = EngineLink()
+
+    class Dying(Client):
+        async def health(self) -> DriverHealth:
+            link.detach(reason)
+            raise EngineUnavailable("the driver is gone")
+
+    link.attach(Dying())
+    assert state(link) == (("failed", reason, "") if reason else ("recovering", "the engine is started again", ""))
+
+
+def test_an_engine_that_is_replaced_while_it_is_asked() -> None:
+    link = EngineLink()
+
+    class Replaced(Client):
+        async def health(self) -> DriverHealth:
+            link.attach(Client())
+            raise EngineUnavailable("closed")
+
+    link.attach(Replaced())
+    assert state(link)[0] == "ready"
