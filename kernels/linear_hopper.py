@@ -24,6 +24,8 @@ MAX_TILES = 4096
 LEAST_GATED_SHARE, LEAST_SHARE = 0.6, 0.35
 """Of the matrix units' time that a product must use, by the estimate of `_cycles`, to be worth it."""
 LONG_K = 8192
+MOST_GROUPS = 4
+"""Of 64 rows, in products that are not gated; with more the library's are as fast."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def choose(rows: int, weight_rows: int, size: int, gated: bool, multiprocessors:
     columns = weight_rows // 2 if gated else weight_rows
     if not gated:
         fills_library = -(-rows // 128) * -(-columns // 128) >= 0.9 * multiprocessors
-        if groups > 4 or fills_library or (groups <= 2 and size < LONG_K):
+        if groups > MOST_GROUPS or fills_library or (groups <= 2 and size < LONG_K):
             return None
     found: list[tuple[float, HopperConfig]] = []
     blocks = _BLOCKS.get(groups, _BLOCKS_OF_MORE_ROWS if gated else [(2, 2, 1)])

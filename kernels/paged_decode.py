@@ -39,7 +39,7 @@ class DecodeConfig:
     num_stages: int = 3
     programs_per_multiprocessor: int = 4
     min_tiles: int = 1  # the least work of a slice: fewer slices are cheaper to merge
-    start_tiles: int = 1  # what a sequence's start costs: looking it up, and its output
+    start_tiles: int = 2  # what a sequence's start costs: looking it up, and its output
     hopper: bool = False  # kernels.decode_hopper runs it, all key/value heads in one program
 
 
