@@ -11,7 +11,9 @@ import pytest
 from scripts.chaos import parse
 from scripts.chaos_site import REPOSITORY
 
-KINDS = [f"{how}, {what}" for how in ("HTTP", "handle") for what in ("greedy", "sampled", "sampled, n = 2")]
+KINDS = [
+    f"{how}, {what}" for how in ("HTTP", "HTTP whole", "handle") for what in ("greedy", "sampled", "sampled, n = 2")
+]
 
 
 def test_a_choice_of_faults(capsys: pytest.CaptureFixture[str]) -> None:
