@@ -19,6 +19,7 @@ import msgspec
 import ray
 
 from cluster.framing import Ticket
+from cluster.gpu import bind_device, open_gpu
 from cluster.peers import Peers
 from cluster.rank_loop import Progress, RankLoop, StepWorker
 from cluster.step_channel import QueueLink, RankLink, SocketLink
@@ -112,6 +113,8 @@ class MantaWorker:
         set_up_process(name)
         self._guard = DriverGuard(driver) if driver else None
         threading.Thread(target=self._import_ahead, name="manta-imports", daemon=True).start()
+        if rank is not None and config.device == "cuda":
+            threading.Thread(target=open_gpu, args=(gpu_ids,), name="manta-gpu", daemon=True).start()
 
     def __repr__(self) -> str:
         return self._name
@@ -174,7 +177,7 @@ class MantaWorker:
         """Meet the other ranks at `meeting`, load this rank's share and measure what cache it can hold."""
         assert self._rank is not None, "a spare has no rank"
         self._stage = "importing"
-        bind_device(self._config, self._facts)
+        bind_device(self._config.device, self._facts.gpu_ids)
         self._worker = self._load(self._rank, meeting, timeout_s)
         self._stage = "measuring memory"
         return self._worker.measure()
@@ -211,7 +214,7 @@ class MantaWorker:
         """Make a cache of that size, for `run_loop`; it stays through a `rejoin`."""
         assert self._worker is not None, "load first"
         self._stage = "allocating the cache"
-        bind_device(self._config, self._facts)
+        bind_device(self._config.device, self._facts.gpu_ids)
         self._worker.allocate(capacity)
         self._capacity = capacity
         self._stage = "ready"
@@ -220,14 +223,18 @@ class MantaWorker:
     def run_loop(self, ticket: Ticket | None) -> str:
         """Run plans until the link ends or a step fails; says why it ended. Raises OSError when no driver is there."""
         assert self._worker is not None and self._rank is not None, "load first"
-        bind_device(self._config, self._facts)
+        bind_device(self._config.device, self._facts.gpu_ids)
         link: RankLink
         if ticket is not None:
             link = SocketLink.open(ticket, self._rank)
         else:
             link = self._queue_link
         self._loop = RankLoop(
-            self._worker, link, self._rank, bind=lambda: bind_device(self._config, self._facts), peers=self._peers
+            self._worker,
+            link,
+            self._rank,
+            bind=lambda: bind_device(self._config.device, self._facts.gpu_ids),
+            peers=self._peers,
         )
         self._stage = "running"
         try:
@@ -287,26 +294,6 @@ class DriverGuard:
 def purpose_of(config: EngineConfig, model_config: ModelConfig) -> str:
     """Equal for workers that can take each other's place."""
     return f"{config.model_dump_json()} {getattr(model_config, 'folder', '')}"
-
-
-def bind_device(config: EngineConfig, facts: RankFacts) -> None:
-    """Make this rank's GPU the current device of the calling thread; nothing on a CPU.
-
-    Every process sees all GPUs of its node (peer memory needs that); Ray says which one is this rank's.
-    """
-    if config.device != "cuda":
-        return
-    import torch
-
-    torch.cuda.set_device(device_index(list(facts.gpu_ids), os.environ.get("CUDA_VISIBLE_DEVICES")))
-
-
-def device_index(assigned: list[str], visible: str | None) -> int:
-    """The CUDA index of the GPU Ray assigned, among those the process sees."""
-    assert len(assigned) == 1, f"one GPU a rank, not {assigned}"
-    if visible is None or assigned[0] not in visible.split(","):
-        return int(assigned[0])
-    return visible.split(",").index(assigned[0])
 
 
 def environment(config: EngineConfig) -> dict[str, str]:

@@ -232,7 +232,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     task: Task = pickle.load(sys.stdin.buffer)
     imported_s = time.time() - task.begun_s
-    os.nice(5)
+    os.nice(19)  # the start is not to wait for a core
     torch.set_num_threads(1)
     deferred = spare_imports()
     workers = max(1, len(os.sched_getaffinity(0)) - 1) if task.workers is None else task.workers

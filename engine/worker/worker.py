@@ -27,8 +27,8 @@ from engine.worker.tracing import make_tracer
 
 logger = logging.getLogger(__name__)
 
-PREPARE_S = 2.5
-"""A start begins to record no graph after this. It is enough for all of them once Triton's cache holds the kernels."""
+PREPARE_S = 1.0
+"""A start begins to record no graph after this; the others are recorded when they are needed, 50 ms each."""
 
 
 class Worker:

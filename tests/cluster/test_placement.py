@@ -1,7 +1,7 @@
 import pytest
 
 from cluster.placement import DRIVER_CPUS, REPLICA_CPUS, bundles, rank_bundles
-from cluster.worker_actor import ROOT, device_index, environment
+from cluster.worker_actor import ROOT, environment
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 
@@ -31,13 +31,6 @@ def test_small_replicas_share_two_cores(ranks, replicas):
 def test_an_unresolved_device_is_refused():
     with pytest.raises(ConfigError, match="device"):
         bundles(config_of(device="auto"))
-
-
-@pytest.mark.parametrize(
-    ("assigned", "visible", "index"), [("3", None, 3), ("3", "0,1,2,3", 3), ("5", "4,5", 1), ("1", "4,5", 1)]
-)
-def test_a_rank_takes_its_own_device_among_those_it_sees(assigned, visible, index):
-    assert device_index([assigned], visible) == index
 
 
 def test_gpu_ranks_see_all_devices_and_use_no_multicast(monkeypatch):
