@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ def through_ray(config: EngineConfig, model_config: ModelConfig, started: Starte
 
     log.part("imports")
     if not ray.is_initialized():
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # as scripts.run does
         ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level="WARNING")
     log.part("Ray")
     group = ray.util.placement_group(bundles(config))  # as a replica of Serve has one
