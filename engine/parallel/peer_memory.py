@@ -23,7 +23,7 @@ THREADS = 512
 BLOCKS = 128
 ROW_VECTORS = 4  # 16-byte vectors of a row that one thread of the fused kernels holds
 PACKET_BYTES = 256 << 10  # room for packets of half as many bytes of data
-DATA_BYTES = 8 << 20
+DATA_BYTES = 16 << 20
 FLAG_BYTES = 2 * BLOCKS * 8 * 4
 MAX_RANKS = 8
 
@@ -44,7 +44,7 @@ class Limits:
 
 
 # Measured on H200s with `python -m scripts.bench_collectives`, see BENCHMARKS.md.
-_LIMITS = {2: Limits(128 << 10, 8 << 20, 8 << 20)}
+_LIMITS = {2: Limits(128 << 10, 16 << 20, 16 << 20)}
 _MORE_RANKS = Limits(64 << 10, 256 << 10, 8 << 20)
 
 
