@@ -34,7 +34,7 @@ class Site:
     def __enter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="mc-", dir="/tmp"))  # short: Ray puts sockets below it
         content = yaml.safe_load((REPOSITORY / "configs/tiny.yaml").read_text(encoding="utf-8"))
-        content["http_options"]["port"] = port = _free_port()
+        content["http_options"]["port"] = port = free_port()
         content["applications"][0]["args"] |= self._changes
         self.args: dict[str, Any] = content["applications"][0]["args"]
         self.path = path = self._folder / "app.yaml"
@@ -99,7 +99,7 @@ class Site:
         ready.set()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
