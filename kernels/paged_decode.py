@@ -99,7 +99,7 @@ def _plan_kernel(
     units = tl.where(b < num_live, START + tiles, 0)
     ends = tl.cumsum(units, 0)
     total = tl.sum(units, 0)
-    per_slice = tl.maximum((total + num_slices - 1) // num_slices, START + min_tiles)
+    per_slice = tl.maximum((total + num_slices - 1) // num_slices, min_tiles)
     tl.store(plan, per_slice)
     tl.store(plan + 1, num_live)
     tl.store(plan + 2 + 2 * num_slices + b, ends - units + START, mask=b < num_seqs)

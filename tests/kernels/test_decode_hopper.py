@@ -28,7 +28,7 @@ def plan_of(lens: list[int], num_slices: int, window: int, start: int) -> Tensor
     live = max(b + 1 for b, n in enumerate(lens) if n)
     units = [start + max(-(-n // 16) - (max(n - window, 0) // 16 if window else 0), 1) for n in lens[:live]]
     before = [sum(units[:b]) for b in range(len(lens))]
-    per_slice = max(-(-sum(units) // num_slices), start + 1)
+    per_slice = -(-sum(units) // num_slices)
     places = [min(g * per_slice, sum(units)) for g in range(num_slices)]
     sequences = [sum(b + n <= place for b, n in zip(before, units, strict=False)) for place in places]
     firsts = [place - before[seq] - start if seq < live else 0 for seq, place in zip(sequences, places, strict=True)]
@@ -42,6 +42,7 @@ def plan_of(lens: list[int], num_slices: int, window: int, start: int) -> Tensor
         (2, 4, 128, 16, 0, 3, 1, [40, 1, 0, 77, 16]),
         (1, 8, 64, 32, 0, 5, 2, [200, 33, 0, 0, 0, 0, 0, 0]),
         (3, 3, 64, 16, 25, 2, 0, [90, 24, 0, 26, 57, 0]),
+        (1, 4, 64, 16, 0, 24, 2, [40, 1, 0, 77, 16, 0]),
     ],
 )
 def test_the_kernel_run_on_a_cpu(
