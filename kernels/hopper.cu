@@ -199,11 +199,6 @@ __device__ __forceinline__ void named_sync(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
-// Arrive at what others meet at, and go on.
-__device__ __forceinline__ void named_arrive(int name, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
 // Whether this is the one lane of the warp that is to do something. The compiler knows that it is one: what several lanes
 // might do, such as a bulk copy, becomes a loop over them.
 __device__ __forceinline__ bool one_lane() {

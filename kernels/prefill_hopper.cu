@@ -6,13 +6,13 @@
 //   BLOCK   tokens of a cache block; KEYS is a multiple of it
 //   Q_STAGES, K_STAGES, V_STAGES  pieces' queries, and tiles of K and V, in flight
 //   WINDOW  whether there is a sliding window
-//   TURNS   whether the consumers take turns at the matrix units
 //   HALF    float16; otherwise bfloat16
 //
 // A piece of work is ROWS queries of one sequence and head. Its tiles of keys are taken from the last to the first. One
 // warp loads (a bulk tensor copy a cache block and 64 columns, completing on mbarriers); two warpgroups of 64 rows each
 // multiply. While a warpgroup's softmax of one tile is under way the matrix units have its product of the tile before
-// with V, and the other warpgroup's products: they take turns. As in FlashAttention-3, Shah et al. 2024.
+// with V, and the other warpgroup's products. As in FlashAttention-3, Shah et al. 2024, but for the turns that
+// warpgroups take there.
 // Symbols: s scores, p probabilities, m running maximum (in powers of two), l running sum, o running output.
 
 constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, ROWS = 64 * GROUPS;
@@ -22,7 +22,7 @@ constexpr int Q_BYTES = PANELS * Q_PANEL, TILE_BYTES = PANELS * PANEL;
 constexpr int BLOCKS = KEYS / BLOCK;  // cache blocks of a tile, a lane each
 constexpr float NOTHING = -1e30f;     // the maximum before the first key: finite, so that differences are numbers
 constexpr float SLACK = 8.0f;         // m may lag by this: p stays under 2^SLACK, and o is seldom rescaled
-enum { TURN = 1, GROUP = TURN + GROUPS };  // named barriers, one of each a warpgroup
+constexpr int GROUP = 1;              // the first of the named barriers, one a warpgroup
 
 // In shared memory, from its first multiple of 1,024 on.
 constexpr u32 Q_AT = 0, K_AT = Q_AT + Q_STAGES * Q_BYTES, V_AT = K_AT + K_STAGES * TILE_BYTES;
@@ -218,7 +218,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
       wgmma_commit();
     };
 
-    if (TURNS && group == 1) named_arrive(TURN, CONSUMERS);
     for (;; q.advance()) {
       barrier_wait(q.full(), q.phase);
       const int4* piece = shared_pointer<int4>(at + PIECE_AT + 32 * q.slot);
@@ -230,10 +229,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
           barrier_wait(k.full(), k.phase);
           release(k.empty());
           k.advance();
-          if (TURNS && n < first) {
-            named_sync(TURN + group, CONSUMERS);
-            named_arrive(TURN + 1 - group, CONSUMERS);
-          }
           barrier_wait(v.full(), v.phase);
           release(v.empty());
           v.advance();
@@ -318,10 +313,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
       }
       for (int n = first - 1; n >= last; n--) {
         barrier_wait(k.full(), k.phase);
-        if (TURNS) named_sync(TURN + group, CONSUMERS);
         begin_scores();
         begin_values();
-        if (TURNS) named_arrive(TURN + 1 - group, CONSUMERS);
         wgmma_wait<1>();
         hold(s);
         release(k.empty());
@@ -370,6 +363,5 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
         }
       }
     }
-    if (TURNS && group == 0) named_sync(TURN, CONSUMERS);
   }
 }

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate, product
 
 import torch
 from torch import Tensor
 
 from kernels import paged_attention, paged_prefill, prefill_hopper
-from kernels.prefill_hopper import HopperPrefillConfig
 from scripts.kernel_timing import capture, paged_cache, time_us
 
 Case = tuple[str, Callable[[], list[Tensor]], Callable[[], list[Tensor]], torch.dtype]
@@ -73,8 +71,8 @@ class Prefill:
     def triton(self) -> list[Tensor]:
         return [paged_prefill.prefill(*self.arguments, **self.options)]
 
-    def hopper(self, config: HopperPrefillConfig = HopperPrefillConfig()) -> list[Tensor]:  # noqa: B008 - it is frozen
-        return [prefill_hopper.prefill(*self.arguments, **self.options, config=config)]
+    def hopper(self) -> list[Tensor]:
+        return [prefill_hopper.prefill(*self.arguments, **self.options)]
 
 
 def _why_not(prefill: Prefill) -> str | None:
@@ -103,9 +101,6 @@ def cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
             prefill = Prefill(each, heads, kv_heads, head_dim, dtype, block_size, window, before=3, after=5)
             label = f"prefill hopper {name} {head_dim} {heads}/{kv_heads} w{window} b{block_size}"
             yield label, prefill.hopper, prefill.expected, dtype
-            for config in () if small else (HopperPrefillConfig(take_turns=False), HopperPrefillConfig(keys=160)):
-                if config.keys % block_size == 0:
-                    yield f"{label} {config}", partial(prefill.hopper, config), prefill.expected, dtype
     changed = Prefill([(900, 700), (300, 300)], 8, 2, 128, dtype)
 
     def replay() -> list[Tensor]:
@@ -121,10 +116,8 @@ def cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
 
 def timings() -> Iterator[tuple[str, float, float]]:
     """Names, microseconds and operations of prefill attention with Llama-3-8B's heads, by both kernels."""
-    configs = [HopperPrefillConfig(), HopperPrefillConfig(take_turns=False), HopperPrefillConfig(keys=160)]
     for name, runs in PREFILLS.items():
         prefill = Prefill(runs, 32, 8, 128, torch.bfloat16)
         yield f"{name} triton", time_us([prefill.triton]), prefill.flop
-        for config in configs if _why_not(prefill) is None else ():
-            label = f"{name} hopper {config.keys}{' turns' if config.take_turns else ''}"
-            yield label, time_us([partial(prefill.hopper, config)]), prefill.flop
+        if _why_not(prefill) is None:
+            yield f"{name} hopper", time_us([prefill.hopper]), prefill.flop

@@ -139,11 +139,6 @@ inline void barrier_wait(u32 bar, u32 parity) {
   events++;
 }
 inline void named_sync(int name, int threads) { meet(blocks[now->block].named[name], threads); }
-inline void named_arrive(int name, int threads) {
-  Meeting& place = blocks[now->block].named[name];
-  if (++place.arrived == threads) place.arrived = 0, place.times++;
-  events++;
-}
 inline void __syncthreads() { named_sync(0, block_threads); }
 inline void cluster_sync() { meet(clusters[now->block / cluster_blocks], block_threads * cluster_blocks); }
 inline int warp() { return (now->block * block_threads + now->number) / 32; }

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import hopper, launch, paged_attention, prefill_hopper
 from kernels.hopper import SHARED_BYTES
 from kernels.launch import Chip, rehearse_on
-from kernels.prefill_hopper import LOG2E, ROWS, HopperPrefillConfig, Variant, chosen, variant_kernel, why_not
+from kernels.prefill_hopper import KEYS, LOG2E, ROWS, Variant, chosen, variant_kernel, why_not
 from tests.kernels.hopper_on_cpu import needs_compiler, pointer, run, tensor_map
 from tests.kernels.reference import attention
 
@@ -23,8 +23,8 @@ PARAMETERS = (
     "u64"
 )
 VARIANTS = [
-    Variant(head_dim, block_size, window, False, HopperPrefillConfig(keys))
-    for head_dim, block_size, window, keys in product((64, 128), (16, 32), (False, True), (64, 128, 160))
+    Variant(head_dim, block_size, window, False)
+    for head_dim, block_size, window in product((64, 128), (16, 32, 64, 128), (False, True))
 ]
 
 
@@ -58,8 +58,8 @@ def tensors(
     ("variant", "heads", "kv_heads", "window", "runs"),
     [
         (Variant(64, 16, False, False), 2, 1, 0, [(130, 130), (0, 0), (140, 20), (1, 1)]),
-        (Variant(64, 32, True, False, HopperPrefillConfig(64)), 1, 1, 70, [(250, 140), (64, 1)]),
-        (Variant(128, 16, False, False, HopperPrefillConfig(take_turns=False)), 2, 2, 0, [(140, 100)]),
+        (Variant(64, 32, True, False), 1, 1, 70, [(300, 140), (64, 1)]),
+        (Variant(128, 16, False, False), 2, 2, 0, [(300, 100)]),
     ],
     ids=str,
 )
@@ -114,20 +114,19 @@ def test_variants_fit_the_chip(variant: Variant) -> None:
     # The swizzle's pattern repeats every 8 rows of 128 bytes; tiles, their panels and each cache block start with it.
     assert variant.q_bytes % 1024 == variant.tile_bytes % 1024 == variant.block_size * 128 % 1024 == 0
     # Scores, probabilities in half the registers, and output: of the 232 registers of a consumer's thread.
-    assert variant.config.keys // 2 + variant.config.keys // 4 + variant.head_dim // 2 <= 200
+    assert KEYS // 2 + KEYS // 4 + variant.head_dim // 2 <= 200
+    assert KEYS % variant.block_size == 0
     # What the warpgroups take is what the block was given: 168 registers a thread.
     taken, left = (int(re.search(rf"{what}_registers<(\d+)>", kernel.source)[1]) for what in (" take", " leave"))  # type: ignore[index]
     assert 2 * taken + left == 3 * 168
 
 
 def test_the_source_says_its_variant() -> None:
-    text = Variant(128, 16, True, True, HopperPrefillConfig(160)).source()
-    assert "#define KEYS 160" in text and "#define WINDOW 1" in text and "#define BLOCK 16" in text
-    assert "m64n160k16.f32.f16.f16" in text and "m64n128k16.f32.f16.f16" in text
+    text = Variant(64, 16, True, True).source()
+    assert "#define KEYS 128" in text and "#define WINDOW 1" in text and "#define BLOCK 16" in text
+    assert "m64n128k16.f32.f16.f16" in text and "m64n64k16.f32.f16.f16" in text
     products = text.partition("typedef")[0]
-    assert len(re.findall(r'"\+f"\(d\[', products)) == 160 // 2 + 128 // 2
-    with pytest.raises(AssertionError):
-        Variant(128, 64, False, False, HopperPrefillConfig(160)).source()
+    assert len(re.findall(r'"\+f"\(d\[', products)) == 128 // 2 + 64 // 2
 
 
 @pytest.mark.usefixtures("met")
