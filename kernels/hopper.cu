@@ -238,3 +238,20 @@ __device__ __forceinline__ float widen(half_bits bits) {
 }
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+// Without instructions of their own, so the same on a CPU:
+
+// Of four neighbouring lanes, word i of lane j becomes word j of lane i: of runs that they hold column by column, each
+// has one whole.
+__device__ __forceinline__ void turn_runs(u32 (&words)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (!(i & bit)) {
+        const bool high = threadIdx.x & bit;
+        const u32 got = __shfl_xor_sync(~0u, high ? words[i] : words[i + bit], bit);
+        if (high) words[i] = got;
+        else words[i + bit] = got;
+      }
+}

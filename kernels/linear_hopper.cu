@@ -230,16 +230,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
 #pragma unroll
             for (int e = begin; e + 4 <= end; e += 4) {  // four lanes turn 4 runs so that each stores one of them whole
               u32 w[4] = {value(e), value(e + 1), value(e + 2), value(e + 3)};
-#pragma unroll
-              for (int bit = 1; bit <= 2; bit *= 2)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                  if (!(i & bit)) {
-                    const bool high = quad & bit;
-                    const u32 got = __shfl_xor_sync(~0u, high ? w[i] : w[i + bit], bit);
-                    if (high) w[i] = got;
-                    else w[i + bit] = got;
-                  }
+              turn_runs(w);
               const int column = column0 + 8 * (e + quad);
               if (in_rows && column < columns) *(uint4*)(to + column) = make_uint4(w[0], w[1], w[2], w[3]);
             }

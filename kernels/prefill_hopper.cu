@@ -349,16 +349,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
           u32 w[4];
 #pragma unroll
           for (int i = 0; i < 4; i++) w[i] = pack(o[4 * (e + i) + 2 * h] * share, o[4 * (e + i) + 2 * h + 1] * share);
-#pragma unroll
-          for (int bit = 1; bit <= 2; bit *= 2)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-              if (!(i & bit)) {
-                const bool high = quad & bit;
-                const u32 got = __shfl_xor_sync(~0u, high ? w[i] : w[i + bit], bit);
-                if (high) w[i] = got;
-                else w[i + bit] = got;
-              }
+          turn_runs(w);
           if (row + 8 * h < rows) *(uint4*)(to + 8 * (e + quad)) = make_uint4(w[0], w[1], w[2], w[3]);
         }
       }

@@ -67,7 +67,8 @@ def run(folder: Path, source: str, name: str, parameters: str, arguments: Sequen
     macros = "".join(re.findall(r"^#define .*\n", source, re.MULTILINE))
     find = lambda product: re.search(rf"void {product}\(.*?m64n(\d+)k16", source, re.DOTALL)
     columns, value_columns = (width[1] if width else 8 for width in map(find, ("wgmma", "wgmma_values")))
-    kernel = source.partition(INSTRUCTIONS.read_text(encoding="utf-8"))[2]
+    instructions = INSTRUCTIONS.read_text(encoding="utf-8")
+    kernel = instructions.partition("the same on a CPU:\n")[2] + source.partition(instructions)[2]
     kernel = kernel.replace("extern __shared__ char memory[];", "char* memory = dynamic_shared();")
     types = [text.strip() for text in parameters.split(",")]
     declared = ", ".join(f"{text} a{i}" for i, text in enumerate(types))
