@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,7 +99,9 @@ def test_shutdown_ends_it(folder: Path) -> None:
 
 
 def test_shutdown_before_the_start(folder: Path) -> None:
+    before = set(threading.enumerate())
     LocalExecutor(*resolved(folder)).shutdown()
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:

@@ -283,10 +283,11 @@ def test_our_kernels_package_has_no_version() -> None:
 
 def test_importing_engine_is_light() -> None:
     code = (
-        "import sys, engine; heavy = {'torch', 'ray', 'transformers', 'tokenizers', 'pydantic'} & set(sys.modules);"
-        "assert not heavy, heavy;"
-        "from engine import SamplingParams; assert 'torch' not in sys.modules;"
-        "import engine.tokenizer, engine.output;"
-        "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
+        "import sys, engine; heavy = {'torch', 'ray', 'transformers', 'tokenizers', 'pydantic'};"
+        "print(heavy & set(sys.modules));"
+        "from engine import SamplingParams; print({'torch'} & set(sys.modules));"
+        "import engine.tokenizer, engine.output; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=250, cwd=Path(__file__).parents[2])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, timeout=250, cwd=Path(__file__).parents[2], capture_output=True)
+    assert done.stdout.split() == [b"set()"] * 3

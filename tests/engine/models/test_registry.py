@@ -24,7 +24,6 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
 
 
 def test_looking_a_model_up_imports_no_torch() -> None:
-    code = (
-        "import sys, engine.models.registry as r; r.find_model('LlamaForCausalLM'); assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
+    code = "import sys, engine.models.registry as r; r.find_model('LlamaForCausalLM'); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], check=True, timeout=250, capture_output=True).stdout
+    assert said.split() == [b"False"]
