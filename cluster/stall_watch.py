@@ -11,6 +11,10 @@ LOOK_AFTER_S = 0.5
 QUIET_S = 2.0
 """Ranks that all sleep for so long, in the middle of a step, wait for something that will not come."""
 QUIET_ROUNDS = 5
+BUSY_SHARE = 0.1
+"""A rank that uses a larger share of a core works, whichever of its threads does. It is taken over all the quiet time:
+what Ray's threads and the answers themselves need comes in bursts, and a host that takes cores away counts the time
+without them as used."""
 LOOK_LIMIT_S = 0.5
 """More time between two looks is not counted: whoever looks was held up, and perhaps the whole machine."""
 
@@ -39,6 +43,8 @@ class StallWatch:
         self._waited_s = 0.0
         self._quiet_s = 0.0
         self._quiet_rounds = 0
+        self._quiet_since: tuple[list[Progress], float] = [], 0.0
+        """What the ranks said when they were last seen at work, and when."""
         self._round: list[Progress] = []
         self._round_s = 0.0
 
@@ -66,7 +72,9 @@ class StallWatch:
         if answers is not None:
             before, self._round = self._round, answers
             if len(before) == len(answers):
-                self._compare(before, answers, now_s - self._round_s)
+                self._compare(before, answers, now_s)
+            else:
+                self._quiet_since = answers, now_s
             self._round_s = now_s
         if not self._on_cpu:
             preparing = any(progress.preparing for progress in self._round)
@@ -76,11 +84,16 @@ class StallWatch:
             return self._stall(f"no progress for {self._waited_s:.1f} s, {limit_s:.1f} s are enough for such a step")
         return None
 
-    def _compare(self, before: list[Progress], after: list[Progress], between_s: float) -> None:
+    def _compare(self, before: list[Progress], after: list[Progress], now_s: float) -> None:
+        between_s = now_s - self._round_s
         if any(_came_further(a, b) or b.awaits_driver for a, b in zip(before, after)):
             self._waited_s = 0.0
-        if any(_works(a, b, between_s) for a, b in zip(before, after)):
+        first, first_s = self._quiet_since
+        if any(_works(a, b, between_s) for a, b in zip(before, after)) or any(
+            b.process_s - a.process_s > BUSY_SHARE * (now_s - first_s) for a, b in zip(first, after)
+        ):
             self._quiet_s, self._quiet_rounds = 0.0, 0
+            self._quiet_since = after, now_s
         else:
             self._quiet_s += min(between_s, LOOK_LIMIT_S)
             self._quiet_rounds += 1
@@ -102,11 +115,10 @@ def _came_further(before: Progress, after: Progress) -> bool:
 
 
 def _works(before: Progress, after: Progress, between_s: float) -> bool:
-    """Whether a rank did anything between two answers, or waits for nobody but its core or the driver."""
+    """Whether a rank's thread did anything between two answers, or waits for nobody but its core or the driver."""
     return (
         _came_further(before, after)
         or after.runs
         or after.awaits_driver
         or after.thread_s - before.thread_s > 0.01 * between_s
-        or after.process_s - before.process_s > 0.2 * between_s
     )

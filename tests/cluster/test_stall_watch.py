@@ -39,11 +39,20 @@ def test_the_one_who_does_not_come_is_to_blame():
     assert stall.ranks == (1,)
 
 
+def test_what_other_threads_do_now_and_then_is_no_work():
+    """Ray's threads, the answers; a core that the host took away for a while counts as used."""
+    stall, after_s = Watched().look(
+        lambda s: [sleeping(7, process_s=0.12 * (s // 1.5)), sleeping(6, meeting=False)], seconds=60
+    )
+    assert stall.ranks == (1,)
+    assert after_s <= 2 * (LOOK_AFTER_S + QUIET_S)
+
+
 def test_who_computes_however_long_is_not_stuck():
     for works in (
         lambda s: sleeping(6, meeting=False, thread_s=s, process_s=s),
         lambda _: sleeping(6, meeting=False, runs=True),  # waits for a core
-        lambda s: sleeping(6, meeting=False, process_s=0.5 * s),  # its other threads
+        lambda s: sleeping(6, meeting=False, process_s=0.2 * s),  # its other threads, on a busy machine
     ):
         assert Watched().look(lambda s: [sleeping(), works(s)], seconds=600)[0] is None  # noqa: B023
 
