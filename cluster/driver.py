@@ -19,9 +19,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors import free_name
 from cluster.adoption import workers_of
-from cluster.engine_loop import Call, ClientGone, EngineLoop
+from cluster.engine_loop import EngineLoop
 from cluster.framing import Ticket
 from cluster.hub import Hub, Peer
+from cluster.inbox import Call, ClientGone
 from cluster.messages import (
     Abort,
     Ask,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-import msgspec
-
 from cluster.held_request import HeldRequest
+from cluster.inbox import Client, ClientGone, Inbox, Message
 from cluster.messages import Abort, DriverHealth, State, Submit, error_outputs
+from cluster.pacer import Pacer
 from cluster.recovery import RETRY_AFTER_S, Quarantine, RecoveryBudget, RecoveryPolicy
 from engine.errors import (
     EngineUnavailable,
@@ -35,21 +34,6 @@ CHECK_EVERY_S = 0.25
 IDLE_CHECK_S = 1.0
 HEARTBEAT_LIMIT_S = 30.0
 
-Client = Hashable
-
-
-class ClientGone(msgspec.Struct):
-    """A client left: everything it has running is aborted."""
-
-
-class Call(msgspec.Struct):
-    """Run a function on the loop's thread, between two steps."""
-
-    function: Callable[[], None]
-
-
-Message = Submit | Abort | ClientGone | Call
-
 
 class EngineLoop:
     """Drives an LLMEngine from its own thread.
@@ -66,26 +50,29 @@ class EngineLoop:
         emit: Callable[[Any, list[SequenceOutput]], None],
         *,
         policy: RecoveryPolicy | None = None,
+        pacer: Pacer | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`pacer` says when steps are planned, by `clock`; None: the one of the engine's config."""
         self._engine, self._executor, self._emit = engine, executor, emit
         policy = policy or RecoveryPolicy()
         self._budget = RecoveryBudget(policy)
         self._quarantine = Quarantine(policy.max_recoveries)
-        self._inbox: deque[tuple[Any, Message]] = deque()
-        self._wake = threading.Condition()
-        self._awake = False
+        self._pacer, self._clock = pacer or Pacer.of(engine.config), clock
+        self._inbox = Inbox()
         self._live: dict[str, HeldRequest] = {}
         self._state: State = "ready"
         self._reason = ""
         self._since_s = time.time()
         self._waiting_for = ""
         self._waits_since_s: float | None = None
-        self._stopping = False
         self._idle = True
         self._beat_s = time.monotonic()
         self._suspicious = False
         self._checked_s = 0.0
         self._awaited: Future[StepResult] | None = None
+        self._ended_s: float | None = None
+        """When the awaited step's result came."""
         self._thread = threading.Thread(target=self._run, name="manta-loop", daemon=True)
 
     # Called from any thread.
@@ -96,14 +83,11 @@ class EngineLoop:
 
     def post(self, client: Client, message: Message) -> None:
         """Queue a message of `client` for the loop."""
-        self._inbox.append((client, message))
-        self.wake()
+        self._inbox.post(client, message)
 
     def wake(self) -> None:
-        """Let an idle loop look around: a message came, or a rank died."""
-        with self._wake:
-            self._awake = True
-            self._wake.notify()
+        """Let an idle loop look around: a rank may have died."""
+        self._inbox.wake()
 
     def look(self) -> None:
         """Have the executor checked now, though nothing runs."""
@@ -137,7 +121,7 @@ class EngineLoop:
         if not missing:
             self._waits_since_s = None
             return
-        if self._stopping:
+        if self._inbox.closed:
             raise EngineUnavailable("the engine is stopping")
         now_s = self._beat_s = time.monotonic()
         if self._waits_since_s is None:
@@ -148,8 +132,7 @@ class EngineLoop:
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the loop after the step it waits for; every unfinished request fails with EngineUnavailable."""
-        self._stopping = True
-        self.wake()
+        self._inbox.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
@@ -157,7 +140,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
+            while not self._inbox.closed:
                 try:
                     self._turn()
                 except ExecutorDied as error:
@@ -174,25 +157,51 @@ class EngineLoop:
         self._beat_s = time.monotonic()
         self._take_messages()
         if self._state == "failed":
-            self._wait(IDLE_CHECK_S)
+            self._inbox.wait(IDLE_CHECK_S)
             return
         self._release_parked()
-        while self._engine.begin_step():
-            pass
+        put_off_s = self._begin_steps()
         future = self._engine.next_future()
-        self._idle = future is None
+        self._idle = future is None and not put_off_s
         if future is None:
-            self._wait(IDLE_CHECK_S)
+            self._inbox.wait(put_off_s or IDLE_CHECK_S)
             self._check()
         elif future.done():
-            self._hand_out(self._engine.finish_step(0))
+            self._hand_out(self._finish_step(future))
         else:
             if future is not self._awaited:
-                self._awaited = future
+                self._awaited, self._ended_s = future, None
                 future.add_done_callback(self._step_done)
-            self._wait(CHECK_EVERY_S)
+            self._inbox.wait(min(put_off_s or CHECK_EVERY_S, CHECK_EVERY_S))
             if not future.done():
                 self._check()
+
+    def _begin_steps(self) -> float:
+        """Plan and submit what can be, unless it is better put off: for how long, and 0 when it is not."""
+        engine, pacer = self._engine, self._pacer
+        while True:
+            future = engine.next_future()
+            if future is None or not future.done():
+                running, waiting = len(engine.scheduler.running), len(engine.scheduler.waiting)
+                put_off_s = pacer.wait_s(
+                    self._clock(),
+                    step=engine.next_step,
+                    in_flight=engine.num_in_flight,
+                    running=running,
+                    waiting=waiting,
+                )
+                if put_off_s:
+                    return put_off_s
+            if not engine.begin_step():
+                return 0.0
+            pacer.began(self._clock(), in_flight=engine.num_in_flight)
+
+    def _finish_step(self, future: Future[StepResult]) -> list[SequenceOutput]:
+        """Read the oldest step, which is done."""
+        step, ended_s = self._engine.next_step, self._ended_s if future is self._awaited else None
+        outputs = self._engine.finish_step(0)
+        self._pacer.ended(step, future.result().device_s, ended_s, self._clock())
+        return outputs
 
     def _check(self) -> None:
         """Ask the executor whether its ranks are well; at once when it hinted at trouble, else every so often."""
@@ -200,19 +209,13 @@ class EngineLoop:
             self._suspicious, self._checked_s = False, self._beat_s
             self._executor.check()
 
-    def _wait(self, timeout_s: float) -> None:
-        """Sleep until something happens: a message, a step's end, a rank's death."""
-        with self._wake:
-            if not self._awake and not self._stopping:
-                self._wake.wait(timeout_s)
-            self._awake = False
-
-    def _step_done(self, _: Future[StepResult]) -> None:
+    def _step_done(self, future: Future[StepResult]) -> None:
+        if future is self._awaited:
+            self._ended_s = self._clock()
         self.wake()
 
     def _take_messages(self) -> None:
-        while self._inbox:
-            client, message = self._inbox.popleft()
+        for client, message in self._inbox.take():
             if isinstance(message, Submit):
                 self._submit(client, message)
             elif isinstance(message, Abort):
@@ -254,6 +257,7 @@ class EngineLoop:
             num_samples,
         )
         self._live[request.request_id] = HeldRequest.of(client, request)
+        self._pacer.arrived(self._clock(), num_tokens=request.num_prompt_tokens, num_sequences=num_samples)
 
     def _abort(self, request_id: str, index: int | None, live: HeldRequest) -> None:
         if index is not None and index not in live.unfinished:
@@ -305,7 +309,7 @@ class EngineLoop:
         began_s = time.monotonic()
         last: Exception = error
         for attempt in range(policy.max_attempts):
-            if attempt and self._pause(policy.backoff_s * 2 ** (attempt - 1)):
+            if attempt and self._inbox.pause(policy.backoff_s * 2 ** (attempt - 1)):
                 return
             try:
                 self._engine.recover()
@@ -316,12 +320,13 @@ class EngineLoop:
                 last = failure
                 logger.error("recovery attempt %d of %d failed: %s", attempt + 1, policy.max_attempts, failure)
                 continue
+            self._pacer.forget()
             self._enter("ready")
             logger.warning("recovered in %.2f s", time.monotonic() - began_s)
             self._judge(suspects & self._live.keys(), error)
             return
         self._waiting_for = ""
-        if self._stopping:
+        if self._inbox.closed:
             return
         self._give_up(f"the engine could not be brought back: {last}")
 
@@ -350,14 +355,6 @@ class EngineLoop:
                 for index in set(range(len(live.tokens))) - live.unfinished:
                     self._engine.abort(request_id, index)
 
-    def _pause(self, seconds: float) -> bool:
-        """Wait; True when the loop should end instead."""
-        until_s = time.monotonic() + seconds
-        with self._wake:
-            while not self._stopping and (left_s := until_s - time.monotonic()) > 0:
-                self._wake.wait(left_s)
-        return self._stopping
-
     def _give_up(self, reason: str) -> None:
         self._enter("failed", reason)
         logger.error("giving up: %s", reason)
@@ -380,6 +377,6 @@ class EngineLoop:
             self._emit(client, outputs)
 
     def _refuse_until_stopped(self) -> None:
-        while not self._stopping:
+        while not self._inbox.closed:
             self._take_messages()
-            self._wait(IDLE_CHECK_S)
+            self._inbox.wait(IDLE_CHECK_S)

@@ -143,13 +143,18 @@ class LLMEngine:
         """Steps submitted and not finished."""
         return len(self._in_flight)
 
+    @property
+    def next_step(self) -> ScheduledStep | None:
+        """The step that the next finish_step reads; None when none is in flight, or it computes nothing."""
+        return self._in_flight[0][0] if self._in_flight else None
+
     def next_future(self) -> Future[StepResult] | None:
         """What the next finish_step waits for."""
         return self._in_flight[0][1] if self._in_flight else None
 
     def in_flight_requests(self) -> set[str]:
         """Requests that are part of the step that finish_step would read next."""
-        scheduled = self._in_flight[0][0] if self._in_flight else None
+        scheduled = self.next_step
         seq_ids = set(unpack(scheduled.plan.seq_ids).tolist()) if scheduled is not None else set()
         return {s.request_id for g in self._groups.values() for s in g.sequences.values() if s.seq_id in seq_ids}
 

@@ -5,7 +5,7 @@ import contextlib
 import threading
 
 from cluster.driver_client import DriverClient
-from cluster.engine_loop import Call
+from cluster.inbox import Call
 from cluster.messages import error_of
 from engine.request import Request
 from engine.sampling_params import SamplingParams

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cluster.engine_loop import Call
+from cluster.inbox import Call
 from engine.errors import EngineUnavailable, PromptTooLong, RequestError
 from tests.driver_clients import assert_expected, assert_no_blocks_used, join, make_request, standing_still
 from tests.fakes import HashExecutor, engine_config
