@@ -103,7 +103,7 @@ def test_a_collective_that_hangs_is_found_in_seconds_by_what_its_ranks_say():
             for step in range(epoch * 20):
                 run(executor, epoch, [1], step)[0].result(0)
             future, took_s = run(executor, epoch, [fault], epoch * 20)
-            with pytest.raises(ExecutorDied, match="is stuck: no (rank has done anything|progress) for") as raised:
+            with pytest.raises(ExecutorDied, match=r"is stuck: no (rank has done anything|progress) for") as raised:
                 future.result(0)
             assert set(raised.value.ranks) == replaced
             assert took_s < FOUND_WITHIN_S
