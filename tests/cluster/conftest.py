@@ -1,6 +1,7 @@
-"""Drivers over ranks that hash."""
+"""Drivers over ranks that hash; and one Ray for all tests that need no other."""
 
 import pytest
+import ray
 
 from cluster.driver import Driver
 from cluster.recovery import RecoveryPolicy
@@ -32,3 +33,21 @@ def make_driver():
     yield make
     for driver in drivers:
         driver.stop()
+
+
+@pytest.fixture(scope="session")
+def head():
+    """The address of a Ray of four cores: starting one takes longer than most tests."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_job(head, request):
+    """Makes a module's tests one job of that Ray, with names of its own; whatever they start ends with it."""
+    ray.init(address=head, namespace=request.module.__name__, log_to_driver=False)
+    yield
+    ray.shutdown()

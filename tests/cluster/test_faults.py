@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import ray
 
 from cluster.driver import Driver
 from cluster.ray_executor import RayExecutor
@@ -100,9 +99,8 @@ def expected(config):
 
 
 @pytest.fixture(scope="module")
-def served(config):
+def served(config, ray_job):  # noqa: ARG001
     """A driver in this process over two ranks, and its executor."""
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     model_config = ModelConfig.load(config)
     resolved = resolve(config, model_config)
     loop = []
@@ -126,7 +124,6 @@ def served(config):
     driver.start()
     yield driver, executor
     driver.stop()
-    ray.shutdown()
 
 
 class Faults:

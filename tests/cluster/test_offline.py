@@ -1,4 +1,4 @@
-"""LLM over two ranks: a Ray of its own, in a process of its own, from the repository without an installation."""
+"""LLM over two ranks: over the Ray that is there, or a Ray of its own, from the repository without an installation."""
 
 import json
 import os
@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from cluster.processes import is_ray_worker
+from engine import LLM, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.made_tokenizers import byte_level
 
@@ -35,7 +37,18 @@ print(json.dumps({"results": results, "vectors": vectors, "pids": pids, "ray": r
 """
 
 
-def test_two_ranks_give_the_tokens_of_one_and_leave_nothing_behind(tmp_path):
+def test_two_ranks_over_the_callers_ray_give_the_tokens_of_one(ray_job):  # noqa: ARG001
+    prompts = ["Hello, my name is", "The capital of France is"]
+    params = SamplingParams(temperature=0.7, seed=3, max_tokens=12)
+    outputs = []
+    for ranks in (1, 2):
+        with LLM(str(ROOT / "configs/tiny"), tensor_parallel_size=ranks, num_blocks=200) as llm:
+            outputs.append([output.outputs for output in llm.generate(prompts, params, use_tqdm=False)])
+    assert outputs[1] == outputs[0]
+    assert ray.is_initialized(), "it is the caller's to end"
+
+
+def test_two_ranks_over_their_own_ray_give_the_tokens_of_one_and_leave_nothing_behind(tmp_path):
     tokenizer = byte_level()
     make_checkpoint(tmp_path, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(tmp_path)

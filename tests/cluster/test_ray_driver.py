@@ -23,14 +23,7 @@ from engine.sampling_params import SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.streams import Streams, driver_pid, rank_pids, started, undisturbed
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_job")]
 
 
 @pytest.fixture(scope="module")

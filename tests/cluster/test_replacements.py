@@ -34,13 +34,11 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def group(config):
+def group(config, ray_job):  # noqa: ARG001
     """Outlives every driver, as a replica's does."""
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, namespace="replacements")
     group = ray.util.placement_group(bundles(config))
-    assert group.wait(30)
-    yield group
-    ray.shutdown()
+    assert group.wait(200)
+    return group
 
 
 def requests_of(count=16, max_tokens=120):

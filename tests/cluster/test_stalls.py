@@ -4,7 +4,6 @@ import threading
 import time
 
 import pytest
-import ray
 
 from cluster.measure import IdleRank, IdleWorker, idle_executor
 from cluster.peers import Peers
@@ -62,61 +61,63 @@ class MeetingRank(IdleRank):
         return MeetingWorker(rank, self._peers)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+class Steps:
+    """Has the executor run steps, and checks it as the engine's loop does."""
+
+    def __init__(self, executor):
+        self.executor, self._epoch, self._step = executor, 0, 0
+
+    def run(self, sequence, tokens=1, timeout_s=200):
+        """One step, done or failed, and how long it took."""
+        ids = pack([sequence])
+        plan = StepPlan(self._epoch, self._step, seq_ids=ids, num_tokens=pack([tokens]), sample_seqs=ids)
+        self._step += 1
+        began_s = time.monotonic()
+        future = self.executor.submit(plan)
+        while not future.done():
+            assert time.monotonic() - began_s < timeout_s
+            try:
+                self.executor.check()
+            except ExecutorDied:
+                assert future.done()
+            threading.Event().wait(0.05)
+        return future, time.monotonic() - began_s
+
+    def run_short(self, count):
+        for _ in range(count):
+            self.run(1)[0].result(0)
+
+    def restart(self):
+        """Replace who must be; which ranks were."""
+        before = self._pids()
+        self.executor.restart()
+        self._epoch, self._step = self._epoch + 1, 0
+        return {rank for rank, (old, new) in enumerate(zip(before, self._pids())) if old != new}
+
+    def _pids(self):
+        return [facts.pid for facts in self.executor.rank_facts]
 
 
-def plan_of(ids, epoch, step, tokens=1):
-    return StepPlan(epoch, step, seq_ids=pack(ids), num_tokens=pack([tokens] * len(ids)), sample_seqs=pack(ids))
-
-
-def wait_for(executor, future, timeout_s):
-    """Check the executor as the engine's loop does; how long until the future is done."""
-    began_s = time.monotonic()
-    while not future.done():
-        assert time.monotonic() - began_s < timeout_s
-        try:
-            executor.check()
-        except ExecutorDied:
-            assert future.done()
-        threading.Event().wait(0.05)
-    return time.monotonic() - began_s
-
-
-def pids(executor):
-    return [facts.pid for facts in executor.rank_facts]
-
-
-def run(executor, epoch, ids, step, tokens=1, timeout_s=200):
-    future = executor.submit(plan_of(ids, epoch, step, tokens))
-    return future, wait_for(executor, future, timeout_s)
-
-
-def test_a_collective_that_hangs_is_found_in_seconds_by_what_its_ranks_say():
+@pytest.fixture(scope="module")
+def steps(ray_job):  # noqa: ARG001
     with idle_executor(2, "socket", MeetingRank) as executor:
-        # The very first step too: nothing was measured yet.
-        for epoch, (fault, replaced) in enumerate([(INSIDE, {0, 1}), (BEFORE, {1})]):
-            before = pids(executor)
-            for step in range(epoch * 20):
-                run(executor, epoch, [1], step)[0].result(0)
-            future, took_s = run(executor, epoch, [fault], epoch * 20)
-            with pytest.raises(ExecutorDied, match=r"is stuck: no (rank has done anything|progress) for") as raised:
-                future.result(0)
-            assert set(raised.value.ranks) == replaced
-            assert took_s < FOUND_WITHIN_S
-            executor.restart()
-            after = pids(executor)
-            assert {rank for rank in (0, 1) if before[rank] != after[rank]} == replaced
-        run(executor, 2, [1], 0)[0].result(0)
+        yield Steps(executor)
 
 
-def test_a_long_step_after_short_ones_is_no_false_alarm():
-    with idle_executor(2, "socket", MeetingRank) as executor:
-        for step in range(50):
-            run(executor, 0, [1], step)[0].result(0)
-        future, took_s = run(executor, 0, [LONG], 50, tokens=8192)
-        assert future.result(0).step == 50
-        assert took_s >= LONG_S
+# The very first step too: nothing was measured yet.
+@pytest.mark.parametrize(("before", "fault", "replaced"), [(0, INSIDE, {0, 1}), (20, BEFORE, {1})])
+def test_a_collective_that_hangs_is_found_in_seconds_by_what_its_ranks_say(steps, before, fault, replaced):
+    steps.run_short(before)
+    future, took_s = steps.run(fault)
+    with pytest.raises(ExecutorDied, match=r"is stuck: no (rank has done anything|progress) for") as raised:
+        future.result(0)
+    assert set(raised.value.ranks) == replaced
+    assert took_s < FOUND_WITHIN_S
+    assert steps.restart() == replaced
+
+
+def test_a_long_step_after_short_ones_is_no_false_alarm(steps):
+    steps.run_short(50)
+    future, took_s = steps.run(LONG, tokens=8192)
+    future.result(0)
+    assert took_s >= LONG_S

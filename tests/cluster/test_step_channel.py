@@ -7,7 +7,6 @@ import threading
 import time
 
 import pytest
-import ray
 
 from cluster.measure import IdleRank, IdleWorker, decode_plan, idle_executor, measure_dispatch
 from cluster.processes import is_ray_worker
@@ -17,14 +16,7 @@ from engine.errors import ExecutorDied
 from engine.sampling_params import SamplingParams
 from engine.step import NewSequence, StepPlan, pack, unpack
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_job")]
 
 
 @pytest.fixture(params=["socket", "actor"])

@@ -366,18 +366,3 @@ def test_one_rank_never_imports_ray() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, timeout=250, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert "Processed prompts: 100%" in done.stderr.decode()
-
-
-@pytest.mark.ray
-def test_two_ranks_give_the_tokens_of_one(llm: LLM) -> None:
-    import ray
-
-    prompts = ["Hello, my name is", "The capital of France is"]
-    params = SamplingParams(temperature=0.7, seed=3, max_tokens=12)
-    expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
-    ray.init(address="local", num_cpus=4, include_dashboard=False, configure_logging=False)
-    try:
-        with LLM(TINY, tensor_parallel_size=2, num_blocks=200) as two:
-            assert [output.outputs for output in two.generate(prompts, params, use_tqdm=False)] == expected
-    finally:
-        ray.shutdown()
