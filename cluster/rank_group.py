@@ -13,14 +13,13 @@ import ray
 from cluster.actors import gather, summary
 from cluster.adoption import take_over
 from cluster.framing import Ticket
-from cluster.placement import shortage, wait_for
+from cluster.placement import wait_for
 from cluster.rank import Rank
 from cluster.rank_launcher import RankLauncher
 from cluster.rank_loop import Progress
-from cluster.recovery import RETRY_AFTER_S
 from cluster.spares import Spares, spares_wanted
 from cluster.worker_actor import RankFacts, purpose_of
-from engine.errors import ExecutorDied, ResourcesMissing
+from engine.errors import ExecutorDied
 from engine.executor import CacheCapacity
 from engine.worker.start_log import StartLog
 
@@ -31,7 +30,6 @@ SURVIVE_TIMEOUT_S = 2.0
 """How long a rank whose peer died may take to leave its step; then it is replaced too."""
 CUT_EVERY_S = 30.0
 """Ranks that lose each other again sooner are all replaced."""
-START_NOTE_S = 10.0
 
 
 class RankGroup:
@@ -109,9 +107,7 @@ class RankGroup:
         string. Raises ResourcesMissing when they do not come, ExecutorDied when a rank fails, and what loading raises.
         """
         began_s, log = time.monotonic(), StartLog()
-        wait_for(  # a node may be gone
-            self._placement.group, name=self.name, timeout_s=self._config.resources_timeout_s, tell=self._on_wait
-        )
+        self._wait_placed()  # a node may be gone
         log.part("placing")
         kept = [rank for rank in self._ranks if rank is not None and rank.facts is not None]
         self._start_missing()
@@ -159,25 +155,22 @@ class RankGroup:
             self._spares.refill(spares_wanted(self._config, [facts.node_id for facts in self.facts]))
 
     def _find(self, new: list[Rank]) -> None:
-        """Wait until the new ranks have processes, and note where; that a node is lost may show only now."""
-        began_s, group = time.monotonic(), self._placement.group
+        """Wait until the new ranks have processes, and note where.
+
+        That a node is lost may show only now: then for resources again. Where there is room, all it takes is time, and
+        on a busy machine that may be long: nothing is missing, and nobody is told so.
+        """
+        began_s = time.monotonic()
         refs = [rank.told for rank in new]
-        told = False
         while refs and len(ray.wait(refs, num_returns=len(refs), timeout=1.0)[0]) < len(refs):
-            waited_s = time.monotonic() - began_s
-            if waited_s >= self._config.resources_timeout_s:
-                missing = f"waiting for resources: {shortage(group)}"
-                raise ResourcesMissing(f"{self.name}: {missing} ({waited_s:.0f} s)", retry_after_s=RETRY_AFTER_S)
-            # A process takes a moment to start even where there is room.
-            if waited_s >= START_NOTE_S or not group.wait(1.0):
-                missing = f"waiting for resources: {shortage(group)}"
-                self._on_wait(missing)
-                if not told:
-                    logger.warning("%s: %s", self.name, missing)
-                told = True
-        self._on_wait("")
+            self._wait_placed()
+            if time.monotonic() - began_s >= self._load_timeout_s:
+                raise ExecutorDied(f"the ranks' processes did not start in {self._load_timeout_s:g} s")
         for rank, facts in zip(new, self._gather("starting", list(zip(new, refs)))):
             rank.facts = facts
+
+    def _wait_placed(self) -> None:
+        wait_for(self._placement.group, name=self.name, timeout_s=self._config.resources_timeout_s, tell=self._on_wait)
 
     def _start_missing(self) -> None:
         """Give every rank a process: a spare of its node where there is one, else a new one."""
