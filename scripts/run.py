@@ -31,7 +31,8 @@ from engine.worker.preparation import Preparation
 from scripts.stop import stop_serving
 
 BIN = Path(sys.executable).parent
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
+"""Of Ray, and of the first answer: on a machine that has better things to do they take a minute."""
 SAY_EVERY_S = 10.0
 QUESTION = "What is 17 + 25?"
 # Serve reads these when its processes start, so they have to be there before the head is.
@@ -216,7 +217,7 @@ class Application:
 
     def introduce(self) -> None:
         """Print how to talk to it."""
-        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=START_TIMEOUT_S) as answer:
             model = yaml.safe_load(answer.read())["data"][0]["id"]
         chat = f'[{{"role": "user", "content": "{QUESTION}"}}]'
         curl = f'-H \'Content-Type: application/json\' -d \'{{"model": "{model}", "messages": {chat}}}\''
