@@ -81,8 +81,8 @@ class Pacer:
     def of(cls, config: EngineConfig) -> Pacer:
         """An engine's. MANTA_PACING=0 in the environment: it never waits."""
         on = os.environ.get("MANTA_PACING", "1") != "0"
-        # A CPU's ranks share their cores with who plans, and their steps take unequally long: on two cores, 8 clients of
-        # the tiny model lost 3 to 10 % of their tokens a second.
+        # A CPU's ranks share their cores with who plans, and their steps take unequally long: on two cores, 8 clients
+        # of the tiny model lost 3 to 10 % of their tokens a second.
         foresees = on and config.device == "cuda"
         max_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         return cls(max_tokens=config.max_num_batched_tokens, max_seqs=max_seqs, gathers=on, foresees=foresees)
