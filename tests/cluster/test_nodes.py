@@ -83,6 +83,7 @@ def group(second, config):  # noqa: ARG001
     group = ray.util.placement_group(
         [{"CPU": DRIVER_CPUS, **head}, {"CPU": room, **head}, {"CPU": room, "second": 0.001}]
     )
+    assert group.wait(200)
     yield group
     ray.util.remove_placement_group(group)
 
