@@ -123,12 +123,24 @@ def test_killed_and_frozen_ranks_change_no_token(folder, expected):
         assert (health.ready, health.recoveries) == (True, 2)
 
 
-def test_names_and_control_calls_and_the_end(folder):
+async def refusal_of(driver, request):
+    errors = []
+    client = await DriverClient.connect(driver, on_outputs=lambda outputs: errors.extend(map(error_of, outputs)))
+    client.submit(request)
+    while not errors:
+        await client.stats()
+    await client.close()
+    return errors[0]
+
+
+def test_names_and_control_calls_and_a_refusal_and_the_end(folder):
     with started(config_of(folder, tensor_parallel_size=2), "named") as driver:
         assert {"manta:named:driver", "manta:named:rank0", "manta:named:rank1"} <= set(list_named_actors())
         assert ray.get(driver.health.remote()).ready
         stats = ray.get(driver.stats.remote())
         assert (stats["num_blocks"], stats["free_blocks"]) == (120, 120)
+        too_long = Request.create("long", [5] * 1000, SamplingParams())
+        assert type(asyncio.run(refusal_of(driver, too_long))) is PromptTooLong
         pid = driver_pid(driver)
         pids = [pid, *rank_pids(driver)]
         sockets = private_sockets(pid)
@@ -139,18 +151,7 @@ def test_names_and_control_calls_and_the_end(folder):
     wait_all_free()
 
 
-def test_errors_of_requests_and_of_loading(folder, tmp_path):
-    async def main(driver):
-        errors = []
-        client = await DriverClient.connect(driver, on_outputs=lambda outputs: errors.extend(map(error_of, outputs)))
-        client.submit(Request.create("long", [5] * 1000, SamplingParams()))
-        while not errors:
-            await client.stats()
-        assert type(errors[0]) is PromptTooLong
-        await client.close()
-
-    with started(config_of(folder), "errors") as driver:
-        asyncio.run(main(driver))
+def test_a_model_that_cannot_be_loaded(tmp_path):
     make_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelLoadError):
