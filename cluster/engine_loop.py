@@ -200,7 +200,7 @@ class EngineLoop:
         """Read the oldest step, which is done."""
         step, ended_s = self._engine.next_step, self._ended_s if future is self._awaited else None
         outputs = self._engine.finish_step(0)
-        self._pacer.ended(step, future.result().device_s, ended_s, self._clock())
+        self._pacer.ended(step, future.result(), ended_s, self._clock())
         return outputs
 
     def _check(self) -> None:

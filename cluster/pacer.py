@@ -12,6 +12,7 @@ from collections import deque
 
 from engine.config import EngineConfig
 from engine.draft import ScheduledStep
+from engine.step import StepResult
 
 GATHER_S = 0.0005
 """An idle engine waits so long after the last request for another: twice after two, and so on up to GATHER_TIMES. One
@@ -20,7 +21,11 @@ GATHER_TIMES = 4
 GATHER_LIMIT_S = 0.03
 """Nobody waits longer for others than this."""
 LEAD_S = 0.003
-"""A plan is begun so long before it is needed: it is made and sent, and every rank prepares its tensors."""
+"""A plan is begun so long before it is needed: it is made and sent, and every rank prepares its tensors. At first, and
+LATE_S earlier from then on whenever that was too late; at most MOST_LEAD_S, and IN_TIME_S later whenever it was not."""
+LATE_S = 0.0005
+IN_TIME_S = 0.000005
+LEAST_LEAD_S, MOST_LEAD_S = 0.002, 0.02
 LEAST_SAVED_S = 0.001
 """A plan that could be put off by less than this is not."""
 LIVELY_S = 2.0
@@ -73,6 +78,7 @@ class Pacer:
         self._max_tokens, self._max_seqs = max_tokens, max_seqs
         self._gathers, self._foresees = gathers, foresees
         self._times = StepTimes()
+        self._lead_s = LEAD_S
         self._last_s = float("-inf")
         """When the last request came."""
         self.forget()
@@ -91,6 +97,9 @@ class Pacer:
         """Nothing is in flight, and nobody is new: the ranks were restarted."""
         self._began_s: float | None = None
         """When the step that runs began; None: at some time."""
+        self._put_off = False
+        """Whether the next plan could have been made earlier, while a step ran; and those of the steps in flight."""
+        self._put_off_in_flight: deque[bool] = deque()
         self._planned()
 
     def _planned(self) -> None:
@@ -109,13 +118,18 @@ class Pacer:
         """A step was submitted; so many are in flight with it. Who came before is part of it, or had no room."""
         if in_flight == 1:
             self._began_s = now_s
+        self._put_off_in_flight.append(self._put_off)
+        self._put_off = False
         self._planned()
 
-    def ended(self, step: ScheduledStep | None, device_s: float, ended_s: float | None, now_s: float) -> None:
+    def ended(self, step: ScheduledStep | None, result: StepResult, ended_s: float | None, now_s: float) -> None:
         """The oldest step's result was read; it came at `ended_s`, None: unknown. The next one began then."""
         self._began_s = ended_s
-        if step is not None and device_s > 0:
-            self._times.observe(step, device_s, now_s)
+        if step is not None and result.device_s > 0:
+            self._times.observe(step, result.device_s, now_s)
+        if self._put_off_in_flight and self._put_off_in_flight.popleft():
+            lead_s = self._lead_s + (LATE_S if result.late else -IN_TIME_S)
+            self._lead_s = min(max(lead_s, LEAST_LEAD_S), MOST_LEAD_S)
 
     def wait_s(self, now_s: float, *, step: ScheduledStep | None, in_flight: int, running: int, waiting: int) -> float:
         """How long to wait before planning, 0: not at all. Ask again when anything happens.
@@ -124,22 +138,26 @@ class Pacer:
         """
         if not in_flight and not waiting:
             self._planned()  # who came has gone
+        if not in_flight and not running:
+            self._put_off = False
         if waiting > self._num_new or self._tokens + running >= self._max_tokens:
             return 0.0  # others that come would find no room either
         if running + max(waiting, self._seats) >= self._max_seqs:
             return 0.0
         if not in_flight:
             return self._gather_s(now_s) if self._gathers and waiting and not running else 0.0
-        return self._lead_s(step, now_s) if self._foresees and in_flight == 1 and step is not None else 0.0
+        return self._foresee_s(step, now_s) if self._foresees and in_flight == 1 and step is not None else 0.0
 
     def _gather_s(self, now_s: float) -> float:
         quiet_s = GATHER_S * min(self._num_new, GATHER_TIMES)
         return max(0.0, min(self._last_s + quiet_s, self._first_s + GATHER_LIMIT_S) - now_s)
 
-    def _lead_s(self, step: ScheduledStep, now_s: float) -> float:
+    def _foresee_s(self, step: ScheduledStep, now_s: float) -> float:
         if self._began_s is None or now_s - self._last_s > LIVELY_S:
             return 0.0
         least_s = self._times.least_s(step, now_s)
-        if least_s is None or least_s < LEAD_S + LEAST_SAVED_S:
+        if least_s is None or least_s < self._lead_s + LEAST_SAVED_S:
             return 0.0
-        return max(0.0, self._began_s + least_s - LEAD_S - now_s)
+        put_off_s = max(0.0, self._began_s + least_s - self._lead_s - now_s)
+        self._put_off = self._put_off or put_off_s > 0
+        return put_off_s

@@ -157,6 +157,8 @@ class StepResult(msgspec.Struct, array_like=True, gc=False):
     device_s: float = 0.0
     """Seconds the ranks spent on the step."""
     pooled: list[Pooled] = []
+    late: bool = False
+    """The device had ended all steps before when this one was handed to it. Not told on a CPU."""
 
 
 _encoder = msgspec.msgpack.Encoder()

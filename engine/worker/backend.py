@@ -118,6 +118,7 @@ class CudaBackend:
         self.dtype = DTYPES[config.dtype]
         self.graphs = not config.enforce_eager
         self._share = config.gpu_memory_utilization
+        self._last: _QueuedStep | None = None
         # float32 means float32: no TF32 in matrix products.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -149,23 +150,29 @@ class CudaBackend:
         return allowed
 
     def timer(self) -> Timer:
-        return _CudaTimer()
+        return _CudaTimer(self)
+
+    def queue(self, started: torch.cuda.Event, finish: Callable[[], StepResult] | None) -> _QueuedStep:
+        """The step whose work was queued since `started`."""
+        late = self._last is None or self._last.done
+        self._last = _QueuedStep(started, finish, late)
+        return self._last
 
 
 class _CudaTimer:
-    def __init__(self) -> None:
-        self._started = torch.cuda.Event(enable_timing=True)
+    def __init__(self, backend: CudaBackend) -> None:
+        self._backend, self._started = backend, torch.cuda.Event(enable_timing=True)
         self._started.record()
 
     def pending(self, finish: Callable[[], StepResult] | None) -> PendingStep:
-        return _QueuedStep(self._started, finish)
+        return self._backend.queue(self._started, finish)
 
 
 class _QueuedStep:
     """A step on the device's stream."""
 
-    def __init__(self, started: torch.cuda.Event, finish: Callable[[], StepResult] | None) -> None:
-        self._started, self._finish = started, finish
+    def __init__(self, started: torch.cuda.Event, finish: Callable[[], StepResult] | None, late: bool) -> None:
+        self._started, self._finish, self._late = started, finish, late
         self._over = torch.cuda.Event(enable_timing=True)
         self._over.record()
 
@@ -179,7 +186,7 @@ class _QueuedStep:
         if self._finish is None:
             return None
         result = self._finish()
-        result.device_s = self._started.elapsed_time(self._over) / 1e3
+        result.device_s, result.late = self._started.elapsed_time(self._over) / 1e3, self._late
         return result
 
 

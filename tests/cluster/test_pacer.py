@@ -5,9 +5,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import pacer as rules
-from cluster.pacer import GATHER_LIMIT_S, GATHER_S, GATHER_TIMES, LEAD_S, LIVELY_S, RECENT_S, Pacer, StepTimes
+from cluster.pacer import (
+    GATHER_LIMIT_S,
+    GATHER_S,
+    GATHER_TIMES,
+    IN_TIME_S,
+    LATE_S,
+    LEAD_S,
+    LEAST_LEAD_S,
+    LIVELY_S,
+    MOST_LEAD_S,
+    RECENT_S,
+    Pacer,
+    StepTimes,
+)
 from engine.draft import ScheduledStep
-from engine.step import StepPlan, pack
+from engine.step import StepPlan, StepResult, pack
 from tests.fakes import engine_config
 
 MAX_TOKENS, MAX_SEQS = 1000, 16
@@ -17,6 +30,10 @@ def step(decodes=4, prompt=0):
     """A step of so many decodes and one piece of a prompt."""
     plan = StepPlan(0, 0, seq_ids=pack(range(decodes + bool(prompt))), num_decodes=decodes)
     return ScheduledStep(plan, [], [], [], decodes + prompt)
+
+
+def result(device_s, late=False):
+    return StepResult(0, 0, device_s=device_s, late=late)
 
 
 def make_pacer(**changes):
@@ -37,7 +54,7 @@ def running_pacer(took_s=0.01, ended_s=100.0, **changes):
     pacer.arrived(ended_s - 0.5, num_tokens=5, num_sequences=1)
     pacer.began(ended_s - took_s, in_flight=1)
     pacer.began(ended_s - took_s, in_flight=2)
-    pacer.ended(step(), took_s, ended_s, ended_s)
+    pacer.ended(step(), result(took_s), ended_s, ended_s)
     return pacer
 
 
@@ -152,11 +169,60 @@ def test_a_step_submitted_to_an_idle_rank_begins_then():
     assert wait_s(pacer, 100.5) == pytest.approx(0.01 - LEAD_S)
 
 
+def run_step(pacer, now_s, *, late, asked=True):
+    """With a step running since `now_s`, plan the next one when the pacer says so; that one's result. When it ends."""
+    arrive(pacer, now_s)
+    if asked:
+        assert wait_s(pacer, now_s) > 0
+    pacer.began(now_s + 0.07, in_flight=2)
+    pacer.ended(step(), result(0.1), now_s + 0.1, now_s + 0.1)
+    pacer.ended(step(), result(0.1, late), now_s + 0.2, now_s + 0.2)
+    pacer.began(now_s + 0.2, in_flight=1)
+    return now_s + 0.2
+
+
+def lead_s(pacer, now_s):
+    return 0.1 - wait_s(pacer, now_s)
+
+
+def test_plans_that_come_late_are_made_earlier_and_others_a_little_later():
+    pacer = running_pacer(0.1, 100.0)
+    now_s = run_step(pacer, 100.0, late=True)
+    assert lead_s(pacer, now_s) == pytest.approx(LEAD_S + LATE_S)
+    now_s = run_step(pacer, now_s, late=False)
+    assert lead_s(pacer, now_s) == pytest.approx(LEAD_S + LATE_S - IN_TIME_S)
+    for _ in range(50):
+        now_s = run_step(pacer, now_s, late=True)
+    assert lead_s(pacer, now_s) == pytest.approx(MOST_LEAD_S)
+    for _ in range(int((MOST_LEAD_S - LEAST_LEAD_S) / IN_TIME_S) + 5):
+        now_s = run_step(pacer, now_s, late=False)
+    assert lead_s(pacer, now_s) == pytest.approx(LEAST_LEAD_S)
+
+
+def test_a_late_step_that_was_not_put_off_teaches_nothing():
+    pacer = running_pacer(0.1, 100.0)
+    now_s = run_step(pacer, 100.0, late=True, asked=False)
+    assert lead_s(pacer, now_s) == pytest.approx(LEAD_S)
+
+
+def test_a_step_after_a_pause_was_not_put_off():
+    """The engine had nothing to do: of course the device had ended everything before."""
+    pacer = running_pacer(0.01, 100.0)
+    assert wait_s(pacer, 100.0) > 0
+    pacer.ended(step(), result(0.01), 100.01, 100.01)
+    assert idle_wait_s(pacer, 100.02, 0) == 0.0
+    arrive(pacer, 101.0)
+    pacer.began(101.0, in_flight=1)
+    pacer.ended(step(), result(0.01, late=True), 101.01, 101.01)
+    pacer.began(101.01, in_flight=1)
+    assert wait_s(pacer, 101.01) == pytest.approx(0.01 - LEAD_S)
+
+
 def test_a_step_of_which_nobody_knows_when_it_began_is_not_waited_for():
     pacer = running_pacer(0.01, 100.0)
-    pacer.ended(step(), 0.01, None, 100.01)
+    pacer.ended(step(), result(0.01), None, 100.01)
     assert wait_s(pacer, 100.01) == 0.0
-    pacer.ended(step(), 0.01, 100.02, 100.02)
+    pacer.ended(step(), result(0.01), 100.02, 100.02)
     assert wait_s(pacer, 100.02) > 0
 
 
@@ -164,8 +230,8 @@ def test_a_step_that_computes_nothing_teaches_nothing():
     pacer = make_pacer()
     arrive(pacer, 100.0)
     pacer.began(100.0, in_flight=1)
-    pacer.ended(None, 0.0, 100.0, 100.0)
-    pacer.ended(step(), 0.0, 100.0, 100.0)
+    pacer.ended(None, result(0.0), 100.0, 100.0)
+    pacer.ended(step(), result(0.0), 100.0, 100.0)
     assert wait_s(pacer, 100.0) == 0.0
     assert pacer.wait_s(100.0, step=None, in_flight=1, running=1, waiting=0) == 0.0
 
@@ -197,7 +263,7 @@ def test_without_requests_for_some_time_none_is_expected():
     arrive(pacer, 100.0)
     for now_s in (100.1, 100.0 + LIVELY_S, 100.1 + LIVELY_S):
         pacer.began(now_s - 0.01, in_flight=1)
-        pacer.ended(step(), 0.01, now_s, now_s)
+        pacer.ended(step(), result(0.01), now_s, now_s)
         assert (wait_s(pacer, now_s) > 0) is (now_s <= 100.0 + LIVELY_S)
 
 
@@ -212,7 +278,7 @@ def test_each_wait_can_be_turned_off(monkeypatch):
         arrive(pacer, 100.0)
         gathers = idle_wait_s(pacer, 100.0, 1) > 0
         pacer.began(100.0, in_flight=1)
-        pacer.ended(step(), 0.01, 100.0, 100.0)
+        pacer.ended(step(), result(0.01), 100.0, 100.0)
         return gathers, wait_s(pacer, 100.0) > 0
 
     monkeypatch.delenv("MANTA_PACING", raising=False)
@@ -288,7 +354,7 @@ def test_no_wait_is_too_long_or_in_vain(story):
             came = []
         else:
             longest_s = max(longest_s, later_s)
-            pacer.ended(step(count), later_s, now_s if known else None, now_s)
+            pacer.ended(step(count), result(later_s), now_s if known else None, now_s)
         check_wait(pacer, now_s, came, longest_s, *situation)
         if not situation[0] and not situation[2]:
             came = []
