@@ -127,7 +127,8 @@ class Pacer:
         self._began_s = ended_s
         if step is not None and result.device_s > 0:
             self._times.observe(step, result.device_s, now_s)
-        if self._put_off_in_flight and self._put_off_in_flight.popleft():
+        put_off = bool(self._put_off_in_flight) and self._put_off_in_flight.popleft()
+        if put_off and step is not None and not step.plan.masked:  # masks always come when the step before has ended
             lead_s = self._lead_s + (LATE_S if result.late else -IN_TIME_S)
             self._lead_s = min(max(lead_s, LEAST_LEAD_S), MOST_LEAD_S)
 

@@ -205,6 +205,19 @@ def test_a_late_step_that_was_not_put_off_teaches_nothing():
     assert lead_s(pacer, now_s) == pytest.approx(LEAD_S)
 
 
+def test_a_step_whose_masks_come_late_anyway_teaches_nothing():
+    pacer = running_pacer(0.1, 100.0)
+    assert wait_s(pacer, 100.0) > 0
+    pacer.began(100.07, in_flight=2)
+    pacer.ended(step(), result(0.1), 100.1, 100.1)
+    masked = step()
+    masked.plan.masked = pack([0])
+    pacer.ended(masked, result(0.1, late=True), 100.2, 100.2)
+    arrive(pacer, 100.2)
+    pacer.began(100.2, in_flight=1)
+    assert lead_s(pacer, 100.2) == pytest.approx(LEAD_S)
+
+
 def test_a_step_after_a_pause_was_not_put_off():
     """The engine had nothing to do: of course the device had ended everything before."""
     pacer = running_pacer(0.01, 100.0)
