@@ -8,13 +8,15 @@ from cluster.rank_loop import Progress
 
 LOOK_AFTER_S = 0.5
 """A step that takes longer has its ranks asked what they do."""
+ASK_EVERY_S = 0.2
+"""An answer costs a rank 3 ms: asked at every look, it would look busy on a host that takes cores away."""
 QUIET_S = 2.0
 """Ranks that all sleep for so long, in the middle of a step, wait for something that will not come."""
 QUIET_ROUNDS = 5
-BUSY_SHARE = 0.1
+BUSY_SHARE = 0.15
 """A rank that uses a larger share of a core works, whichever of its threads does. It is taken over all the quiet time:
-what Ray's threads and the answers themselves need comes in bursts, and a host that takes cores away counts the time
-without them as used."""
+what Ray's threads and the answers themselves need (3 %) comes in bursts, and a host that takes cores away counts the
+time without them as used."""
 LOOK_LIMIT_S = 0.5
 """More time between two looks is not counted: whoever looks was held up, and perhaps the whole machine."""
 
@@ -40,6 +42,7 @@ class StallWatch:
         self._on_cpu = on_cpu
         self._step: object = None
         self._looked_s = 0.0
+        self._asked_s = 0.0
         self._waited_s = 0.0
         self._quiet_s = 0.0
         self._quiet_rounds = 0
@@ -61,7 +64,10 @@ class StallWatch:
         else:
             self._waited_s += min(now_s - self._looked_s, LOOK_LIMIT_S)
         self._looked_s = now_s
-        return self._waited_s >= LOOK_AFTER_S
+        if self._waited_s < LOOK_AFTER_S or now_s - self._asked_s < ASK_EVERY_S:
+            return False
+        self._asked_s = now_s
+        return True
 
     def judge(self, answers: list[Progress] | None, limit_s: float, first_s: float, now_s: float) -> Stall | None:
         """Take the answers of all ranks, if they came; what is wrong, if something is.

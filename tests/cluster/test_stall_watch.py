@@ -1,5 +1,7 @@
+from itertools import pairwise
+
 from cluster.rank_loop import Progress
-from cluster.stall_watch import LOOK_AFTER_S, QUIET_S, StallWatch
+from cluster.stall_watch import ASK_EVERY_S, LOOK_AFTER_S, QUIET_S, StallWatch
 
 EVERY_S = 0.25
 
@@ -37,6 +39,13 @@ def test_ranks_that_all_sleep_are_found_in_seconds():
 def test_the_one_who_does_not_come_is_to_blame():
     stall, _ = Watched().look(lambda _: [sleeping(7), sleeping(6, meeting=False), sleeping(7)], seconds=60)
     assert stall.ranks == (1,)
+
+
+def test_ranks_are_asked_five_times_a_second_however_often_one_looks():
+    asked = []
+    stall, after_s = Watched().look(lambda s: asked.append(s) or [sleeping(), sleeping()], seconds=60, every_s=0.01)
+    assert stall.ranks == (0, 1) and after_s <= LOOK_AFTER_S + QUIET_S + 2 * ASK_EVERY_S
+    assert all(later - sooner >= ASK_EVERY_S - 1e-6 for sooner, later in pairwise(asked))
 
 
 def test_what_other_threads_do_now_and_then_is_no_work():
