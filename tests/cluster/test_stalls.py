@@ -13,7 +13,7 @@ from engine.step import StepPlan, pack, unpack
 pytestmark = pytest.mark.ray
 
 BEFORE, INSIDE, LONG = 1001, 1002, 1003
-LONG_S = 4.0
+LONG_S = 5.0
 FOUND_WITHIN_S = 60.0
 """Promised are seconds: three or four where the machine is not busy. Nothing but the ranks' word tells before 300."""
 
@@ -65,13 +65,15 @@ class Steps:
     """Has the executor run steps, and checks it as the engine's loop does."""
 
     def __init__(self, executor):
-        self.executor, self._epoch, self._step = executor, 0, 0
+        self.executor, self._epoch = executor, 0
+        self.number = 0
+        """Of the next step in its epoch."""
 
     def run(self, sequence, tokens=1, timeout_s=200):
         """One step, done or failed, and how long it took."""
         ids = pack([sequence])
-        plan = StepPlan(self._epoch, self._step, seq_ids=ids, num_tokens=pack([tokens]), sample_seqs=ids)
-        self._step += 1
+        plan = StepPlan(self._epoch, self.number, seq_ids=ids, num_tokens=pack([tokens]), sample_seqs=ids)
+        self.number += 1
         began_s = time.monotonic()
         future = self.executor.submit(plan)
         while not future.done():
@@ -91,7 +93,7 @@ class Steps:
         """Replace who must be; which ranks were."""
         before = self._pids()
         self.executor.restart()
-        self._epoch, self._step = self._epoch + 1, 0
+        self._epoch, self.number = self._epoch + 1, 0
         return {rank for rank, (old, new) in enumerate(zip(before, self._pids())) if old != new}
 
     def _pids(self):
@@ -109,7 +111,7 @@ def steps(ray_job):  # noqa: ARG001
 def test_a_collective_that_hangs_is_found_in_seconds_by_what_its_ranks_say(steps, before, fault, replaced):
     steps.run_short(before)
     future, took_s = steps.run(fault)
-    with pytest.raises(ExecutorDied, match=r"is stuck: no (rank has done anything|progress) for") as raised:
+    with pytest.raises(ExecutorDied, match="is stuck: no rank has done anything") as raised:
         future.result(0)
     assert set(raised.value.ranks) == replaced
     assert took_s < FOUND_WITHIN_S
@@ -119,5 +121,5 @@ def test_a_collective_that_hangs_is_found_in_seconds_by_what_its_ranks_say(steps
 def test_a_long_step_after_short_ones_is_no_false_alarm(steps):
     steps.run_short(50)
     future, took_s = steps.run(LONG, tokens=8192)
-    future.result(0)
+    assert future.result(0).step == steps.number - 1
     assert took_s >= LONG_S

@@ -250,7 +250,7 @@ def test_a_killed_driver(served: Served) -> None:
 
 def test_64_streams(served: Served) -> None:
     """A short form of `python -m scripts.soak --minutes 1`."""
-    command = [sys.executable, "-m", "scripts.soak", "--url", served.url, "--streams", "64", "--minutes", "0.08"]
+    command = [sys.executable, "-m", "scripts.soak", "--url", served.url, "--streams", "64", "--minutes", "0.15"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^errors +0$", done.stdout, re.MULTILINE)
