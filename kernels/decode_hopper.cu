@@ -8,6 +8,8 @@
 //
 // The work is cut as kernels/paged_decode.py says, one slice a block. One warp loads, by two bulk copies a tile. Tokens are
 // the rows of the products, query heads the columns: s = K q, out = V^T p, so that the few heads of a group fill a side.
+// Behind a gate (kernels/launch.py) everything but q and the last token of a context was written before it, and is read
+// before the kernel in front has ended: through L2, for nothing tells L1 of it.
 // Symbols as in FlashAttention, Dao 2023: m running maximum, l running sum, acc running output.
 
 constexpr int TILE = 16;
@@ -15,16 +17,17 @@ constexpr int RUNS = HEAD_DIM / 64;                    // of 64 elements, 128 by
 constexpr int HEAD_BYTES = RUNS * TILE * 128;          // of one tile: runs of [TILE, 64] in 128-byte swizzle
 constexpr int KEY_BYTES = HEADS * HEAD_BYTES, STAGE_BYTES = 2 * KEY_BYTES;
 constexpr int STEPS = HEAD_DIM / 16;
+constexpr int BLOCKS = HEADS < 8 ? 8 / HEADS : 1;      // a multiprocessor
 
 struct Slices {
   const int* plan;
   int count;
 
-  __device__ __forceinline__ int size() const { return plan[0]; }
-  __device__ __forceinline__ int num_live() const { return plan[1]; }
-  __device__ __forceinline__ int sequence(int slice) const { return plan[2 + slice]; }
-  __device__ __forceinline__ int tile(int slice) const { return plan[2 + count + slice]; }
-  __device__ __forceinline__ int units_before(int sequence) const { return plan[2 + 2 * count + sequence]; }
+  __device__ __forceinline__ int size() const { return __ldcg(plan); }
+  __device__ __forceinline__ int num_live() const { return __ldcg(plan + 1); }
+  __device__ __forceinline__ int sequence(int slice) const { return __ldcg(plan + 2 + slice); }
+  __device__ __forceinline__ int tile(int slice) const { return __ldcg(plan + 2 + count + slice); }
+  __device__ __forceinline__ int units_before(int sequence) const { return __ldcg(plan + 2 + 2 * count + sequence); }
 };
 
 // The tiles of one sequence that a slice has.
@@ -33,7 +36,7 @@ struct Segment {
 
   __device__ __forceinline__ void find(const int* lengths, int which, int from, int left, int window) {
     sequence = which, first = from;
-    length = lengths[sequence];
+    length = __ldcg(lengths + sequence);
     skipped = window > 0 ? max(length - window, 0) / TILE : 0;
     tiles = max((length + TILE - 1) / TILE - skipped, 1);
     take = min(tiles - first, left);
@@ -54,11 +57,12 @@ __device__ __forceinline__ float over_tokens(float value, bool largest) {  // of
   return value;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * HEADS + 32) decode(
+extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
     const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v, const half_bits* q,
     const int* tables, const int* lengths, const int* plan, u32* arrived, float4* partial, float* partial_ml,
-    half_bits* out, int num_seqs, int num_slices, int start_tiles, int block_size, int window, int keep_empty, float scale,
-    long long stride_qb, long long stride_qh, long long stride_tb, long long stride_ob, long long stride_oh, u64 policy) {
+    half_bits* out, int num_seqs, int num_slices, int start_tiles, int block_size, int window, int keep_empty,
+    int behind_gate, float scale, long long stride_qb, long long stride_qh, long long stride_tb, long long stride_ob,
+    long long stride_oh, u64 policy) {
   extern __shared__ char memory[];
   const u32 stages = (address_of(memory) + 1023) & ~1023u;
   const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
@@ -74,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32) decode(
   }
   __syncthreads();
   let_next_start();
-  wait_for_last();
+  if (!behind_gate) wait_for_last();
   const int num_live = slices.num_live(), from_unit = slices.tile(slice);
   int sequence = slices.sequence(slice), first = max(from_unit, 0), left = slices.size() + min(from_unit, 0);
   Segment now;
@@ -82,6 +86,7 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32) decode(
 
   if (head == HEADS) {
     u32 phase = 1;
+    bool waits = behind_gate;
     for (; left > 0 && sequence < num_live; left -= now.take + start_tiles, sequence++, first = 0) {
       now.find(lengths, sequence, first, left, window);
       const int* table = tables + sequence * stride_tb;
@@ -89,7 +94,11 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32) decode(
       for (int i = 0; i < now.take; i++) {
         if (i % 32 == 0) {  // the next 32 tiles' blocks, one a lane
           const int token = (now.skipped + first + i + lane) * TILE;
-          block = token < now.length ? table[token / block_size] : 0;
+          block = token < now.length ? __ldcg(table + token / block_size) : 0;
+        }
+        if (waits && i == now.tiles - 1 - first) {  // the last token is the kernel in front's
+          wait_for_last();
+          waits = false;
         }
         const int from = __shfl_sync(~0u, block, i % 32), token = (now.skipped + first + i) * TILE % block_size;
         if (one_lane()) {
@@ -112,6 +121,7 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32) decode(
   for (bool begins = true; left > 0 && sequence < num_live;
        left -= now.take + start_tiles, sequence++, first = 0, begins = false) {
     now.find(lengths, sequence, first, left, window);
+    wait_for_last();
     u32 queries[STEPS][2];
 #pragma unroll
     for (int i = 0; i < STEPS; i++)
@@ -201,26 +211,43 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32) decode(
       m[0] = m[1] = minus_infinity(), l[0] = l[1] = 0;
 #pragma unroll
       for (int step = 0; step < STEPS; step++) acc[step][0] = acc[step][1] = acc[step][2] = acc[step][3] = 0;
-      for (int other = from; other <= to; other++) {
+      for (int eight = from; eight <= to; eight += 8) {  // at a time; of their m and l a lane has those of one slice
+        const int other = min(eight + row, to);
         const bool second = other == from && slices.sequence(other) != sequence;
         const int theirs = (other * 2 + second) * HEADS + head;
         const float4 ml = __ldcg((const float4*)partial_ml + theirs * 4 + lane % 4);
-        const float m_other[2] = {ml.x, ml.z}, l_other[2] = {ml.y, ml.w};
+        const bool exists = eight + row <= to;
+        const float m_other[2] = {exists ? ml.x : minus_infinity(), exists ? ml.z : minus_infinity()};
         float old[2], add[2];
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-          const float larger = fmaxf(m[c], m_other[c]), base = larger == minus_infinity() ? 0 : larger;
+          const float larger = fmaxf(m[c], over_tokens(m_other[c], true));
+          const float base = larger == minus_infinity() ? 0 : larger;
           old[c] = power_of_two(m[c] - base), add[c] = power_of_two(m_other[c] - base);
-          l[c] = l[c] * old[c] + l_other[c] * add[c];
+          l[c] = l[c] * old[c] + over_tokens((c ? ml.w : ml.y) * add[c], false);
           m[c] = larger;
+        }
+        int places[8];
+        float weights[8][2];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          places[i] = __shfl_sync(~0u, theirs, 4 * i) * STEPS * 32 + lane;
+          weights[i][0] = __shfl_sync(~0u, add[0], 4 * i + lane % 4);
+          weights[i][1] = __shfl_sync(~0u, add[1], 4 * i + lane % 4);
         }
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
-          const float4 four = __ldcg(partial + (theirs * STEPS + step) * 32 + lane);
-          acc[step][0] = acc[step][0] * old[0] + four.x * add[0];
-          acc[step][1] = acc[step][1] * old[1] + four.y * add[1];
-          acc[step][2] = acc[step][2] * old[0] + four.z * add[0];
-          acc[step][3] = acc[step][3] * old[1] + four.w * add[1];
+          float4 four[8];
+#pragma unroll
+          for (int i = 0; i < 8; i++)
+            four[i] = eight + i <= to ? __ldcg(partial + places[i] + step * 32) : make_float4(0, 0, 0, 0);
+#pragma unroll
+          for (int c = 0; c < 4; c++) acc[step][c] *= old[c % 2];
+#pragma unroll
+          for (int i = 0; i < 8; i++) {
+            acc[step][0] += four[i].x * weights[i][0], acc[step][1] += four[i].y * weights[i][1];
+            acc[step][2] += four[i].z * weights[i][0], acc[step][3] += four[i].w * weights[i][1];
+          }
         }
       }
       if (lane == 0) atomicExch(arrived + sequence * HEADS + head, 0u);
@@ -236,6 +263,7 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32) decode(
         if (row < GROUP) *(u32*)(to + step * 16 + half * 8) = two;
       }
   }
+  wait_for_last();
   if (keep_empty) return;
   for (int padding = num_live + slice; padding < num_seqs; padding += num_slices)
 #pragma unroll

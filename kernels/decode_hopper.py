@@ -85,7 +85,7 @@ def unsupported(k_cache: Tensor) -> str | None:
 
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, *, scale: float,
-    work: Any, into: Tensor | None = None,
+    work: Any, into: Tensor | None = None, behind_gate: bool = False,
 ) -> Tensor:  # fmt: skip
     """kernels.paged_attention.decode over the slices of `work`, a paged_decode.DecodeWork with tiles of 16 tokens."""
     num_seqs, num_heads, head_dim = q.shape
@@ -103,7 +103,7 @@ def decode(
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
     tensors = (q, block_tables, context_lens, work.plan, work.arrived, partial, partial_ml, out)
     cut = (num_seqs, work.num_slices, work.config.start_tiles)
-    values = (*cut, k_cache.shape[1], work.sliding_window, into is not None)
+    values = (*cut, k_cache.shape[1], work.sliding_window, into is not None, behind_gate)
     strides = (q.stride(0), q.stride(1), block_tables.stride(0), out.stride(0), out.stride(1))
     arguments = [
         blocks_map(k_cache, TILE),

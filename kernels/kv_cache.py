@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.launch import dependent_launch, next_power_of_2
 from kernels.registry import jit, kernel, tl
 from kernels.rms_norm import rms_norm
-from kernels.rotary import apply_rotary, head_blocks, rotate_heads, store_heads
+from kernels.rotary import apply_rotary, head_blocks, load_cos_sin, rotate_heads, store_heads
 
 
 @kernel
@@ -63,12 +63,14 @@ def rotary_and_write_kv(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    behind_gate: bool = False,  # noqa: ARG001 - orders the GPU's kernels
 ) -> Tensor:
     """Rotate q and k to their positions and write k and v into the cache; one kernel on a GPU.
 
     q [T, Hq, D]; k, v [T, Hkv, D] (views into one packed product are welcome); cos_sin [max_position, R] float32;
     positions, slots [T] int64; k_cache, v_cache [N, block_size, Hkv, D], mutated. With q_norm and k_norm [D], every
-    head is RMS-normalised first (Qwen3). Returns the rotated q [T, Hq, D], a new tensor.
+    head is RMS-normalised first (Qwen3). behind_gate: since a kernels.launch.gate() nothing was written but its
+    results, which q, k and v are. Returns the rotated q [T, Hq, D], a new tensor.
     """
     if q_norm is not None:
         q = rms_norm.definition(q, q_norm, eps)
@@ -111,27 +113,31 @@ def _rotary_and_write_kernel(
     stride_kn, stride_ks, stride_kch, stride_vn, stride_vs, stride_vch,
     HQ: tl.constexpr, HKV: tl.constexpr, BLOCK_SIZE: tl.constexpr, D: tl.constexpr, Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HALF_P2: tl.constexpr, REST_P2: tl.constexpr,
-    HEADS: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, BEHIND_GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        if not BEHIND_GATE:
+            tl.extra.cuda.gdc_wait()
     t = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    cos_sin_row = cos_sin + tl.load(positions + t) * stride_c
+    slot = tl.load(slots + t, cache_modifier=".cg")
+    position = tl.load(positions + t, cache_modifier=".cg")
+    cos, sin = load_cos_sin(cos_sin + position * stride_c, HALF, HALF_P2)
+    if PDL and BEHIND_GATE:
+        tl.extra.cuda.gdc_wait()
     if part < num_q_blocks:
         heads = part * HEADS + tl.arange(0, HEADS)
         x1, x2, rest = rotate_heads(
-            q, t * stride_qt, heads, HQ, stride_qh, q_norm, eps, cos_sin_row, HEAD_DIM, HALF, HALF_P2, REST_P2, Q_NORM
+            q, t * stride_qt, heads, HQ, stride_qh, q_norm, eps, cos, sin, HEAD_DIM, HALF, HALF_P2, REST_P2, Q_NORM
         )  # fmt: skip
         store_heads(q_out, t * (HQ * HEAD_DIM), heads, HQ, HEAD_DIM, x1, x2, rest, HEAD_DIM, HALF, HALF_P2, REST_P2)
     else:
-        slot = tl.load(slots + t)
         if slot >= 0:
             block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
             heads = (part - num_q_blocks) * HEADS + tl.arange(0, HEADS)
             x1, x2, rest = rotate_heads(
-                k, t * stride_kt, heads, HKV, stride_kh, k_norm, eps, cos_sin_row,
+                k, t * stride_kt, heads, HKV, stride_kh, k_norm, eps, cos, sin,
                 HEAD_DIM, HALF, HALF_P2, REST_P2, K_NORM,
             )  # fmt: skip
             row = block * stride_kn + offset * stride_ks
@@ -189,6 +195,7 @@ def _rotary_and_write_kv_triton(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    behind_gate: bool = False,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -201,8 +208,8 @@ def _rotary_and_write_kv_triton(
             q if q_norm is None else q_norm, k if k_norm is None else k_norm, eps, num_q_blocks,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos_sin.stride(0), *k_cache.stride()[:3],
             *v_cache.stride()[:3], HQ=num_heads, HKV=num_kv_heads, BLOCK_SIZE=k_cache.shape[1],
-            D=next_power_of_2(head_dim), Q_NORM=q_norm is not None, K_NORM=k_norm is not None, **sizes, num_warps=2,
-            **dependent_launch(q),
+            D=next_power_of_2(head_dim), Q_NORM=q_norm is not None, K_NORM=k_norm is not None, **sizes,
+            BEHIND_GATE=behind_gate, num_warps=2, **dependent_launch(q),
         )  # fmt: skip
     return out
 

@@ -2,7 +2,7 @@
 
 With programmatic dependent launch (compute capability 9.0) a kernel may start while the one before it is still
 running. The rule for every kernel here that is launched so: read nothing another kernel writes, and write nothing,
-before `gdc_wait`, and always reach it. Weights may be read before.
+before `gdc_wait`, and always reach it. Weights may be read before. Behind a gate() more may be.
 """
 
 from __future__ import annotations
@@ -72,9 +72,10 @@ def _has_dependent_launch(device: torch.device) -> bool:
 
 
 class _Switch:
-    """The process-wide choice of dependent_launches()."""
+    """The process-wide choices of dependent_launches() and gate()."""
 
     on = True
+    gate = False
 
 
 @contextmanager
@@ -89,6 +90,25 @@ def dependent_launches(on: bool) -> Iterator[None]:
         yield
     finally:
         _Switch.on = before
+
+
+@contextmanager
+def gate() -> Iterator[None]:
+    """Have the product launched in the context let the next kernel start only once it has waited itself.
+
+    All that ran in front of it has ended then, so that whoever starts behind it, however early, may read what was
+    written before the product without waiting: through L2, for nothing tells L1 of it.
+    """
+    before, _Switch.gate = _Switch.gate, True
+    try:
+        yield
+    finally:
+        _Switch.gate = before
+
+
+def gating() -> bool:
+    """Whether a product that is launched now is a gate. Library products always are: they start late."""
+    return _Switch.gate
 
 
 def dependent_launch(x: Tensor) -> dict[str, Any]:

@@ -27,7 +27,7 @@ __device__ __forceinline__ void consumers_sync() { named_sync(1, CONSUMERS); }
 extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(CONSUMERS + 32, 2) few(
     const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w, half_bits* out,
     const half_bits* bias, const half_bits* residual, long long stride_out, long long stride_residual, int rows,
-    int columns, int steps, u64 policy_x, u64 policy_w) {
+    int columns, int steps, u64 policy_x, u64 policy_w, int gate) {
   extern __shared__ char memory[];
   const u32 stages = (address_of(memory) + 1023) & ~1023u;
   // Behind the stages what the last block of 64 rows reaches past them, then the barriers.
@@ -45,7 +45,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(CONS
     barrier_inits_fence();
   }
   __syncthreads();
-  let_next_start();
+  if (!gate) let_next_start();
 
   if (group == GROUPS) {
     if (one_lane()) {
@@ -58,6 +58,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(CONS
       int ahead = min(STAGES, last - first);  // steps whose weights are under way
       for (int i = 0; i < ahead; i++) load_w(i, first + i);
       wait_for_last();
+      if (gate) let_next_start();
       u32 slot = 0, phase = 1;
       for (int step = first; step < last; step++) {
         if (ahead > 0) {

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.cuda_source import CudaKernel, halves_map, tensor_map
 from kernels.hopper import DEPTH, FIRST_OUT, KEPT, kernel_text
-from kernels.launch import compile_in_rehearsal, dependent_launch, next_power_of_2
+from kernels.launch import compile_in_rehearsal, dependent_launch, gating, next_power_of_2
 
 MAX_ROWS = 64
 MAX_HEIGHT = 128
@@ -136,6 +136,7 @@ class FewConfig:
             *(integer(value) for value in (rows, columns, steps)),
             ctypes.c_uint64(KEPT),
             ctypes.c_uint64(FIRST_OUT),
+            integer(gating()),
         ]
         blocks = -(-weight.shape[0] // self.height) * self.splits
         kernel.launch(x.device, blocks, arguments, dependent=bool(dependent_launch(x)["PDL"]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.launch import dependent_launch, next_power_of_2
+from kernels.launch import dependent_launch, gating, next_power_of_2
 from kernels.linear_stream import write_out
 from kernels.registry import jit, tl
 
@@ -50,13 +50,13 @@ def sum_runs(x, BN: tl.constexpr, BK: tl.constexpr):
 def _gemv_kernel(
     x, w, norm_weight, bias, residual, out, eps, stride_w,
     N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
-    ADD: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    ADD: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)[None, :]
     w_rows = w + tl.minimum(column, N - 1).to(tl.int64)[:, None] * stride_w
     w_up_rows = w_rows + N * stride_w.to(tl.int64)
-    if PDL:
+    if PDL and not GATE:
         tl.extra.cuda.gdc_launch_dependents()
     b = tl.load(w_rows + k, mask=k < K, other=0.0)
     b_up = b
@@ -64,6 +64,8 @@ def _gemv_kernel(
         b_up = tl.load(w_up_rows + k, mask=k < K, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        if GATE:
+            tl.extra.cuda.gdc_launch_dependents()
     a = tl.load(x + k, mask=k < K, other=0.0)
     acc = tl.zeros([BN, BK // 8], tl.float32)
     acc_up = tl.zeros([BN, BK // 8], tl.float32)
@@ -113,6 +115,6 @@ def _product(
         x if residual is None else residual, out, eps, weight.stride(0),
         N=num_columns, K=size, BN=config.block_n, BK=block_k, ACT=act, NORM=norm_weight is not None,
         ADD=residual is not None, BIAS=bias is not None,
-        num_warps=config.num_warps, **dependent_launch(x),
+        GATE=gating(), num_warps=config.num_warps, **dependent_launch(x),
     )  # fmt: skip
     return out

@@ -55,7 +55,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
     const half_bits* bias, const half_bits* residual, float4* partial, u32* arrived, long long stride_out,
     long long stride_residual, int rows, int columns, int steps, int tiles_m, int tiles_n,
     u64 policy_x, u64 policy_w, const float* square_sums, int parts, int size, float eps, const half_bits* next_norm,
-    half_bits* normed, float* next_square_sums) {
+    half_bits* normed, float* next_square_sums, int gate) {
   extern __shared__ char memory[];
   const u32 stages = (address_of(memory) + 1023) & ~1023u;
   const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
@@ -72,7 +72,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
     barrier_inits_fence();
   }
   cluster_sync();
-  let_next_start();
+  if (!gate) let_next_start();
 
   Work work{tiles_m, tiles_n, steps};
   const int first_item = blockIdx.x / CLUSTER, num_clusters = gridDim.x / CLUSTER;
@@ -127,6 +127,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         }
       }
       wait_for_last();
+      if (gate) let_next_start();
       for (int item = first_item; item < work.count(); item += num_clusters) {
         work.go(item);
         for (int step = work.first; step < work.last; step++) {

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.cuda_source import CudaKernel, tensor_map
 from kernels.hopper import DEPTH, FIRST_OUT, KEPT, SHARED_BYTES, kernel_text
-from kernels.launch import compile_in_rehearsal, dependent_launch, num_multiprocessors
+from kernels.launch import compile_in_rehearsal, dependent_launch, gating, num_multiprocessors
 
 MAX_TILES = 4096
 LEAST_GATED_SHARE, LEAST_SHARE = 0.6, 0.35
@@ -193,6 +193,7 @@ class HopperConfig:
             ctypes.c_float(eps),
             pointer(next_norm.data_ptr() if next_norm is not None else None),
             *([pointer(tensor.data_ptr()) for tensor in results[1:]] or [pointer(), pointer()]),
+            integer(gating()),
         ]
         blocks = min(items, clusters) * kernel.cluster
         kernel.launch(x.device, blocks, arguments, dependent=bool(dependent_launch(x)["PDL"]))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.activation import activate
-from kernels.launch import dependent_launch, num_multiprocessors
+from kernels.launch import dependent_launch, gating, num_multiprocessors
 from kernels.registry import jit, tl
 
 MAX_TILES = 1 << 16
@@ -147,7 +147,7 @@ def _linear_kernel(
     stride_x, stride_w, stride_r, stride_o,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROW_TILES: tl.constexpr,
     SWAP: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr, FULL_ROWS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, FULL_ROWS: tl.constexpr, STAGES: tl.constexpr, GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = (K + BK - 1) // BK
     r = tl.program_id(0) // ROW_TILES
@@ -157,10 +157,13 @@ def _linear_kernel(
     n = tl.arange(0, BN)
     kk = tl.arange(0, BK)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if not GATE:
+            tl.extra.cuda.gdc_launch_dependents()
         if (prefetch > 0) & (row_tile == 0):
             _prefetch_weights(w, step, prefetch, stride_w, N, K, BN, BK, ACT)
         tl.extra.cuda.gdc_wait()
+        if GATE:
+            tl.extra.cuda.gdc_launch_dependents()
     row = row_tile * BM + tl.arange(0, BM)
     in_rows = (row < rows)[:, None]
     x_rows = x + row.to(tl.int64)[:, None] * stride_x
@@ -276,6 +279,6 @@ def _product(
         N=num_columns, K=size, BM=config.block_m, BN=config.block_n, BK=config.block_k, ROW_TILES=row_tiles,
         SWAP=config.swap, ACT=act, NORM=norm_weight is not None, ADD=residual is not None, BIAS=bias is not None,
         EVEN_K=size % config.block_k == 0, FULL_ROWS=rows % config.block_m == 0,
-        STAGES=config.num_stages, num_warps=config.num_warps, **dependent_launch(x),
+        STAGES=config.num_stages, GATE=gating(), num_warps=config.num_warps, **dependent_launch(x),
     )  # fmt: skip
     return out

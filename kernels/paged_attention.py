@@ -106,6 +106,7 @@ def decode(
     softcap: float = 0.0,
     plan: DecodePlan | None = None,
     into: Tensor | None = None,
+    behind_gate: bool = False,  # noqa: ARG001 - orders the GPU's kernels
 ) -> Tensor:
     """Attend one new token of each sequence to its paged keys and values.
 
@@ -114,6 +115,7 @@ def decode(
     zeros. sliding_window w > 0: only the last w tokens count; softcap c > 0: scores become c * tanh(score / c).
     plan: plan_decode's of the same tables, lengths and window, to share between layers; made here when None.
     into [B, Hq, D]: takes the results, and keeps its rows of no context.
+    behind_gate: since a kernels.launch.gate() nothing was written but its results, q and the new tokens of the caches.
     Returns [B, Hq, D] in q's dtype. Raises ValueError when Hq is not a multiple of Hkv.
     """
     _check_heads(q, k_cache)
@@ -194,13 +196,15 @@ def _decode_triton(
     softcap: float = 0.0,
     plan: DecodePlan | None = None,
     into: Tensor | None = None,
+    behind_gate: bool = False,
 ) -> Tensor:
     _check_heads(q, k_cache)
     work = plan.work if plan is not None else None
     if work is None:
-        work = paged_decode.make_work(k_cache, context_lens, sliding_window)
+        work, behind_gate = paged_decode.make_work(k_cache, context_lens, sliding_window), False
     arguments = (q, k_cache, v_cache, block_tables, context_lens)
-    return paged_decode.decode(*arguments, scale=scale, softcap=softcap, work=work, into=into)
+    options = {"scale": scale, "softcap": softcap, "work": work, "into": into, "behind_gate": behind_gate}
+    return paged_decode.decode(*arguments, **options)
 
 
 @kernel

@@ -121,17 +121,19 @@ def _decode_kernel(
     stride_oh,
     HKV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     START: tl.constexpr, G: tl.constexpr, G_OUT: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, SEGMENTS: tl.constexpr, STAGES: tl.constexpr, KEEP_EMPTY: tl.constexpr, PDL: tl.constexpr,
+    SOFTCAP: tl.constexpr, SEGMENTS: tl.constexpr, STAGES: tl.constexpr, KEEP_EMPTY: tl.constexpr,
+    BEHIND_GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        if not BEHIND_GATE:
+            tl.extra.cuda.gdc_wait()
     g = tl.program_id(0) // HKV
     h = tl.program_id(0) % HKV
-    per_slice = tl.load(plan)
-    num_live = tl.load(plan + 1)
-    seq = tl.load(plan + 2 + g)
-    first = tl.load(plan + 2 + num_slices + g)
+    per_slice = tl.load(plan, cache_modifier=".cg")
+    num_live = tl.load(plan + 1, cache_modifier=".cg")
+    seq = tl.load(plan + 2 + g, cache_modifier=".cg")
+    first = tl.load(plan + 2 + num_slices + g, cache_modifier=".cg")
     row = tl.arange(0, G)
     d = tl.arange(0, D)
     token = tl.arange(0, TILE)
@@ -139,8 +141,10 @@ def _decode_kernel(
     is_first_segment = 1
     left = per_slice + tl.minimum(first, 0)
     first = tl.maximum(first, 0)
+    context_len = tl.load(context_lens + tl.minimum(seq, num_seqs - 1), cache_modifier=".cg")
+    if PDL and BEHIND_GATE:
+        tl.extra.cuda.gdc_wait()
     while (left > 0) & (seq < num_live):
-        context_len = tl.load(context_lens + seq)
         skipped = _first_tile(context_len, TILE, WINDOW)
         num_tiles = tl.maximum((context_len + TILE - 1) // TILE - skipped, 1)
         take = tl.minimum(num_tiles - first, left)
@@ -203,6 +207,7 @@ def _decode_kernel(
         seq += 1
         first = first * 0
         is_first_segment = 0
+        context_len = tl.load(context_lens + tl.minimum(seq, num_seqs - 1))
     if not KEEP_EMPTY:
         padding = num_live + g
         while padding < num_seqs:
@@ -282,7 +287,7 @@ def why_not_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
 
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, *, scale: float,
-    softcap: float, work: DecodeWork, into: Tensor | None = None,
+    softcap: float, work: DecodeWork, into: Tensor | None = None, behind_gate: bool = False,
 ) -> Tensor:  # fmt: skip
     """kernels.paged_attention.decode over the slices of `work`. Two kernels never share a work at the same time."""
     num_seqs, num_heads, head_dim = q.shape
@@ -290,9 +295,11 @@ def decode(
     group = num_heads // num_kv_heads
     if work.config.hopper and group <= decode_hopper.MAX_GROUP and softcap <= 0:
         arguments = (q, k_cache, v_cache, block_tables, context_lens)
-        return decode_hopper.decode(*arguments, scale=scale, work=work, into=into)
+        return decode_hopper.decode(*arguments, scale=scale, work=work, into=into, behind_gate=behind_gate)
     group_out, padded_dim = next_power_of_2(group), max(next_power_of_2(head_dim), 16)
     out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device) if into is None else into
+    if num_seqs == 0:
+        return out
     slots = work.num_slices * 2 * num_kv_heads
     partial = torch.empty(slots * group_out * padded_dim, dtype=torch.float32, device=q.device)
     partial_ml = torch.empty(slots * 2 * group_out, dtype=torch.float32, device=q.device)
@@ -306,6 +313,6 @@ def decode(
         START=config.start_tiles, G=max(16, group_out), G_OUT=group_out, D=padded_dim, WINDOW=work.sliding_window,
         SOFTCAP=softcap > 0,
         SEGMENTS=max(2, min(8, 4096 // (group_out * padded_dim))), STAGES=config.num_stages,
-        KEEP_EMPTY=into is not None, num_warps=config.num_warps, **dependent_launch(q),
+        KEEP_EMPTY=into is not None, BEHIND_GATE=behind_gate, num_warps=config.num_warps, **dependent_launch(q),
     )  # fmt: skip
     return out

@@ -40,8 +40,16 @@ def apply_rotary(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tu
 
 
 @jit
+def load_cos_sin(cos_sin_row, HALF: tl.constexpr, HALF_P2: tl.constexpr):
+    """One position's cosines and sines."""
+    i = tl.arange(0, HALF_P2)
+    cos = tl.load(cos_sin_row + i, mask=i < HALF, other=0.0)
+    return cos, tl.load(cos_sin_row + HALF + i, mask=i < HALF, other=0.0)
+
+
+@jit
 def rotate_heads(
-    x, row, heads, num_heads, stride_h, norm_weight, eps, cos_sin_row,
+    x, row, heads, num_heads, stride_h, norm_weight, eps, cos, sin,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HALF_P2: tl.constexpr, REST_P2: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """One token's `heads` of x, normalised (NORM) and rotated: (first half, second half, columns past 2 HALF)."""
@@ -64,8 +72,7 @@ def rotate_heads(
         x1 = ((a * scale[:, None]).to(dtype).to(tl.float32) * w1[None, :]).to(dtype)
         x2 = ((b * scale[:, None]).to(dtype).to(tl.float32) * w2[None, :]).to(dtype)
         rest = ((c * scale[:, None]).to(dtype).to(tl.float32) * w3[None, :]).to(dtype)
-    cos = tl.load(cos_sin_row + i, mask=i < HALF, other=0.0)[None, :]
-    sin = tl.load(cos_sin_row + HALF + i, mask=i < HALF, other=0.0)[None, :]
+    cos, sin = cos[None, :], sin[None, :]
     x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
     return x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest
 
@@ -99,17 +106,17 @@ def _rotary_kernel(
         tl.extra.cuda.gdc_wait()
     t = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    cos_sin_row = cos_sin + tl.load(positions + t) * stride_c
+    cos, sin = load_cos_sin(cos_sin + tl.load(positions + t) * stride_c, HALF, HALF_P2)
     if block < num_q_blocks:
         heads = block * HEADS + tl.arange(0, HEADS)
         x1, x2, rest = rotate_heads(
-            q, t * stride_qt, heads, HQ, stride_qh, q, 0.0, cos_sin_row, HEAD_DIM, HALF, HALF_P2, REST_P2, False
+            q, t * stride_qt, heads, HQ, stride_qh, q, 0.0, cos, sin, HEAD_DIM, HALF, HALF_P2, REST_P2, False
         )  # fmt: skip
         store_heads(q_out, t * (HQ * HEAD_DIM), heads, HQ, HEAD_DIM, x1, x2, rest, HEAD_DIM, HALF, HALF_P2, REST_P2)
     else:
         heads = (block - num_q_blocks) * HEADS + tl.arange(0, HEADS)
         x1, x2, rest = rotate_heads(
-            k, t * stride_kt, heads, HK, stride_kh, k, 0.0, cos_sin_row, HEAD_DIM, HALF, HALF_P2, REST_P2, False
+            k, t * stride_kt, heads, HK, stride_kh, k, 0.0, cos, sin, HEAD_DIM, HALF, HALF_P2, REST_P2, False
         )  # fmt: skip
         store_heads(k_out, t * (HK * HEAD_DIM), heads, HK, HEAD_DIM, x1, x2, rest, HEAD_DIM, HALF, HALF_P2, REST_P2)
 

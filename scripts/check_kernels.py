@@ -122,6 +122,15 @@ def small_cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
     yield "copy_blocks", partial(copy, "triton"), partial(copy, "torch"), dtype
 
 
+def _gated_decode(q: Tensor, k: Tensor, *args: Tensor, sliding_window: int, **options: float) -> Tensor:
+    """Where the plan was made long before, and may be read early."""
+    plan = paged_attention.plan_decode(k, *args[1:], sliding_window=sliding_window)
+    torch.cuda.synchronize()
+    options |= {"sliding_window": sliding_window}
+    found: Tensor = paged_attention.decode(q, k, *args, plan=plan, behind_gate=True, **options)
+    return found
+
+
 def attention_cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
     """Decode and ragged prefill over head sizes, groups, windows, soft-caps, lengths (0 and long ones included)."""
     lengths = [1, 37, 0, 130, 16] if small else [1, 513, 0, 3000, 64, 65, 63, 1024, 128, 17, 900]
@@ -133,6 +142,7 @@ def attention_cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
             label = f"{head_dim} {heads}/{kv_heads} w{window} c{softcap:g}"
             q = rand(len(lengths), heads, head_dim, dtype=dtype)
             yield case(f"decode {label}", dtype, paged_attention.decode, q, k, v, tables, lens, **options)
+            yield case(f"decode {label}, behind a gate", dtype, _gated_decode, q, k, v, tables, lens, **options)
             new = [min(length, limit) for length, limit in zip(lengths, [9, 40, 3, 200, 1] * 3, strict=False)]
             cu = torch.tensor([0, *accumulate(new)], device="cuda", dtype=torch.int32)
             q = rand(sum(new) + 2, heads, head_dim, dtype=dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.activation import silu_and_mul
 from kernels.kv_cache import rotary_and_write_kv
-from kernels.launch import dependent_launch
+from kernels.launch import dependent_launch, gate
 from kernels.linear import linear, linear_add, linear_silu_and_mul, norm_linear, norm_linear_silu_and_mul
 from kernels.linear_configs import ANY, TABLE, Row, linear_config
 from kernels.linear_gemv import GemvConfig
@@ -65,9 +65,9 @@ class Step:
         q, k, v = qkv[:, :HEADS], qkv[:, HEADS : HEADS + KV_HEADS], qkv[:, HEADS + KV_HEADS :]
         caches = self.caches[layer]
         if skip != "rotary":
-            q = rotary_and_write_kv(q, k, v, self.cos_sin, self.positions, *caches, self.slots)
+            q = rotary_and_write_kv(q, k, v, self.cos_sin, self.positions, *caches, self.slots, behind_gate=True)
         if skip != "attention":
-            q = decode(q, *caches, self.tables, self.lens, scale=0.088, plan=plan)
+            q = decode(q, *caches, self.tables, self.lens, scale=0.088, plan=plan, behind_gate=True)
         return q.reshape(-1, HEADS * HEAD_DIM)
 
     def run(self, fused: str, skip: str = "") -> Tensor:
@@ -77,14 +77,17 @@ class Step:
         norm, eps = self.norm, 1e-5
         if fused == "all":
             for i in range(LAYERS):
-                qkv = norm_linear(x, norm, eps, self.qkv[i])
+                with gate():
+                    qkv = norm_linear(x, norm, eps, self.qkv[i])
                 x = linear_add(self.attention(qkv, i, plan, skip), self.out[i], x)
                 if skip != "mlp":
                     x = linear_add(norm_linear_silu_and_mul(x, norm, eps, self.gate_up[i]), self.down[i], x)
             logits = norm_linear(x, norm, eps, self.head)
         elif fused == "some":
             for i in range(LAYERS):
-                qkv = linear(rms_norm(x, norm, eps), self.qkv[i])
+                y = rms_norm(x, norm, eps)
+                with gate():
+                    qkv = linear(y, self.qkv[i])
                 x = linear_add(self.attention(qkv, i, plan, skip), self.out[i], x)
                 if skip != "mlp":
                     x = linear_add(linear_silu_and_mul(rms_norm(x, norm, eps), self.gate_up[i]), self.down[i], x)

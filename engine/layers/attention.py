@@ -29,15 +29,7 @@ class Runs:
     """[B + 1] int32, prefill chunks: where each one's tokens start among theirs."""
     max_seqlen: int = 1
     plans: dict[int, DecodePlan] = field(default_factory=dict)
-    """Decodes: by sliding window, how their attention is cut up; the first layer that needs one makes it."""
-
-    def plan(self, k_cache: Tensor, sliding_window: int) -> DecodePlan:
-        """The decode plan of the layers with this sliding window."""
-        if sliding_window not in self.plans:
-            self.plans[sliding_window] = paged_attention.plan_decode(
-                k_cache, self.block_tables, self.context_lens, sliding_window=sliding_window
-            )
-        return self.plans[sliding_window]
+    """Decodes: by sliding window, how their attention is cut up (Attention.prepare)."""
 
 
 @dataclass
@@ -90,6 +82,14 @@ class Attention:
         self.q_norm = RMSNorm(place, model.head_dim, model.rms_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(place, model.head_dim, model.rms_norm_eps) if qk_norm else None
 
+    def prepare(self, step: StepInput) -> None:
+        """Cut up the step's decodes. Comes before the first layer: each reads the plan ahead of its turn."""
+        runs, window = step.decodes, self.sliding_window
+        if runs is not None and window not in runs.plans:
+            runs.plans[window] = paged_attention.plan_decode(
+                step.caches[self.layer][0], runs.block_tables, runs.context_lens, sliding_window=window
+            )
+
     def __call__(self, stream: ResidualStream, norm: RMSNorm, step: StepInput) -> None:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = stream.into(norm, self.qkv).view(-1, heads + 2 * kv_heads, self.head_dim)
@@ -107,6 +107,7 @@ class Attention:
             q_norm=self.q_norm.weight if self.q_norm else None,
             k_norm=self.k_norm.weight if self.k_norm else None,
             eps=self.eps,
+            behind_gate=True,
         )
         stream.add(self.out, self._attend(q, k_cache, v_cache, step).view(-1, heads * self.head_dim))
 
@@ -138,8 +139,9 @@ class Attention:
             runs.context_lens,
             scale=self.scale,
             sliding_window=self.sliding_window,
-            plan=runs.plan(k_cache, self.sliding_window),
+            plan=runs.plans[self.sliding_window],
             into=prefilled[: step.num_decodes] if prefilled is not None and step.overlaid else None,
+            behind_gate=True,
         )
         if prefilled is None:
             return decoded

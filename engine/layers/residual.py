@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from engine.layers.norm import RMSNorm
+from kernels.launch import gate
 from kernels.linear import (
     linear_add,
     linear_add_for_norm,
@@ -52,14 +53,19 @@ class ResidualStream:
         return out
 
     def into(self, norm: RMSNorm, linear: ColumnParallelLinear) -> Tensor:
-        """linear(norm(stream))."""
+        """linear(norm(stream)), the product a kernels.launch.gate()."""
         behind = (norm.eps, linear.weight, linear.bias)
         if self._joins(norm, scaled_linear, *behind):
-            return scaled_linear(*self._unscaled(norm), *behind)  # type: ignore[no-any-return]
+            unscaled = self._unscaled(norm)
+            with gate():
+                return scaled_linear(*unscaled, *behind)  # type: ignore[no-any-return]
         self._add_product()
         if self._pending is None and _fused(norm_linear, self._total, norm.weight, *behind):
-            return norm_linear(self._total, norm.weight, *behind)  # type: ignore[no-any-return]
-        return linear(self.normed(norm))
+            with gate():
+                return norm_linear(self._total, norm.weight, *behind)  # type: ignore[no-any-return]
+        normed = self.normed(norm)
+        with gate():
+            return linear(normed)
 
     def into_gated(self, norm: RMSNorm, linear: ColumnParallelLinear) -> Tensor:
         """silu(gate) * up, where gate and up are the halves of linear(norm(stream))."""

@@ -57,6 +57,8 @@ class Llama:
         return Attention(place, model, layer, qkv_bias=bias, out_bias=bias)
 
     def forward(self, step: StepInput) -> Tensor:
+        for layer in self.layers:
+            layer.attention.prepare(step)
         stream = ResidualStream(self.embedding(step.token_ids))
         for layer in self.layers:
             layer(stream, step)

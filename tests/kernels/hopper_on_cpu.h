@@ -2,8 +2,9 @@
 //
 // All threads of a launch are fibers of one thread; a thread that waits lets the others run. What the hardware does by
 // itself happens late and in a random order, to find code that does not wait for it: a bulk copy leaves NaN in its
-// place when it is asked for and is done some time later; a product is made when its group is waited for. A launch gives
-// what went wrong: nothing left to run means a deadlock. bfloat16 only. Layouts: PTX ISA, "Asynchronous warpgroup level
+// place when it is asked for and is done some time later; a product is made when its group is waited for; the kernel in
+// front ends, and what it writes is there, some time after this one has begun. A launch gives what went wrong: nothing
+// left to run means a deadlock. bfloat16 only. Layouts: PTX ISA, "Asynchronous warpgroup level
 // matrix instructions" and "Tensors", 128-byte swizzle.
 
 #include <algorithm>
@@ -324,8 +325,21 @@ inline void multiply_add(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
       d[i] += widen(element_of(as[i / 2 + k / 8 * 2], row, k % 8)) * widen(element_of(bs[k / 8], column + i % 2, k % 8));
 }
 inline void stores_fence() {}
-inline void let_next_start() {}
-inline void wait_for_last() {}
+
+// --- the kernel in front, and the next one
+
+struct Write { void* to; const void* from; long bytes; };
+static std::vector<Write> last_writes;
+static bool last_ended, next_started_early;
+inline void end_last() {
+  for (const Write& write : last_writes) memcpy(write.to, write.from, write.bytes);
+  last_ended = true, events++;
+}
+inline void let_next_start() { next_started_early |= !last_ended; }
+inline void wait_for_last() {
+  while (!last_ended) pause();
+}
+
 template <int COUNT> void take_registers() {}
 template <int COUNT> void leave_registers() {}
 
@@ -338,7 +352,7 @@ inline void run_fiber() {
   pause();
 }
 inline const char* launch(int grid, int cluster, int threads, std::function<void()> kernel) {
-  failure.clear(), copies.clear();
+  failure.clear(), copies.clear(), last_ended = next_started_early = false;
   body = kernel, grid_blocks = grid, cluster_blocks = cluster, block_threads = threads;
   blocks.assign(grid, Block());
   for (Block& block : blocks) block.shared.assign(SHARED_BYTES, (char)0xFF);
@@ -372,6 +386,7 @@ inline const char* launch(int grid, int cluster, int threads, std::function<void
     }
     order.erase(std::remove_if(order.begin(), order.end(), [](Thread* fiber) { return fiber->done; }), order.end());
     if (!copies.empty() && (dice() % 3 == 0 || events == before)) end_copy(dice() % copies.size());
+    else if (!last_ended && (dice() % 64 == 0 || events == before)) end_last();
     else if (events == before && all && !order.empty()) return "deadlock";
     all = events == before;
   }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from kernels import cuda_source
@@ -58,11 +59,31 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
-def run(folder: Path, source: str, name: str, parameters: str, arguments: Sequence[Any], **launch: int) -> None:
+class _Write(ctypes.Structure):
+    """hopper_on_cpu.h's."""
+
+    _fields_ = [("to", ctypes.c_void_p), ("from", ctypes.c_void_p), ("bytes", ctypes.c_long)]
+
+
+def late(*values: Tensor | None) -> tuple[list[Tensor | None], list[tuple[Tensor, Tensor]]]:
+    """Places of the tensors that the kernel in front writes, NaN until then; and run()'s `last`. Views stay as is."""
+    places, last = list(values), []
+    for i, value in enumerate(values):
+        if value is not None and value.is_contiguous():
+            places[i] = torch.full_like(value, float("nan"))
+            last.append((places[i], value))
+    return places, last
+
+
+def run(
+    folder: Path, source: str, name: str, parameters: str, arguments: Sequence[Any], *,
+    last: Sequence[tuple[Tensor, Tensor]] = (), gate: bool = False, **launch: int,
+) -> None:  # fmt: skip
     """Launch kernel `name` of a source as kernels.hopper.kernel_text makes it; launch: grid, cluster, threads.
 
-    parameters: the C types of the arguments; tensor maps go by pointer. A deadlock, or a place outside of shared
-    memory, fails the test.
+    parameters: the C types of the arguments; tensor maps go by pointer. last: what the kernel in front, which ends some
+    time later, makes of the first of each two tensors. gate: the next kernel must not start before that, as
+    kernels.launch says. A deadlock, or a place outside of shared memory, fails the test.
     """
     macros = "".join(re.findall(r"^#define .*\n", source, re.MULTILINE))
     find = lambda product: re.search(rf"void {product}\(.*?m64n(\d+)k16", source, re.DOTALL)
@@ -77,6 +98,8 @@ def run(folder: Path, source: str, name: str, parameters: str, arguments: Sequen
 extern "C" const char* run(int grid, int cluster, int threads, {declared}) {{
   return launch(grid, cluster, threads, [=] {{ {name}({passed}); }});
 }}
+extern "C" void last_kernel(int count, const Write* writes) {{ last_writes.assign(writes, writes + count); }}
+extern "C" bool early() {{ return next_started_early; }}
 """
     macros += f"#define COLUMNS {columns}\n#define VALUE_COLUMNS {value_columns}\n"
     text = f'{macros}#include "{HEADER}"\n{kernel}\n{main}'
@@ -88,8 +111,13 @@ extern "C" const char* run(int grid, int cluster, int threads, {declared}) {{
         subprocess.run(command, check=True, timeout=120)
     sizes = [ctypes.c_int(launch[key]) for key in ("grid", "cluster", "threads")]
     passed_maps = [ctypes.byref(value) if isinstance(value, TensorMap) else value for value in arguments]
-    function = ctypes.CDLL(str(library)).run
-    function.restype = ctypes.c_char_p
-    failure = function(*sizes, *passed_maps)
+    compiled = ctypes.CDLL(str(library))
+    assert all(to.is_contiguous() and value.is_contiguous() and to.nbytes == value.nbytes for to, value in last)
+    writes = [_Write(to.data_ptr(), value.data_ptr(), to.nbytes) for to, value in last]
+    compiled.last_kernel(len(writes), (_Write * len(writes))(*writes))
+    compiled.run.restype, compiled.early.restype = ctypes.c_char_p, ctypes.c_bool
+    failure = compiled.run(*sizes, *passed_maps)
     if failure:
         pytest.fail(f"{name}: {failure.decode()}")
+    if gate and compiled.early():
+        pytest.fail(f"{name} let the next kernel start before it had waited for the one in front")

@@ -19,7 +19,7 @@ from tests.kernels.reference import attention
 
 PARAMETERS = (
     "TensorMap*, TensorMap*, half_bits*, int*, int*, int*, u32*, float4*, float*, half_bits*, int, int, int, int, int, "
-    "int, float, long long, long long, long long, long long, long long, u64"
+    "int, int, float, long long, long long, long long, long long, long long, u64"
 )
 
 
@@ -36,24 +36,29 @@ def plan_of(lens: list[int], num_slices: int, window: int, start: int) -> Tensor
 
 
 @needs_compiler
+@pytest.mark.parametrize("behind_gate", [False, True])
 @pytest.mark.parametrize(
     ("heads", "group", "head_dim", "block_size", "window", "num_slices", "start", "lens"),
     [
         (2, 4, 128, 16, 0, 3, 1, [40, 1, 0, 77, 16]),
         (1, 8, 64, 32, 0, 5, 2, [200, 33, 0, 0, 0, 0, 0, 0]),
         (3, 3, 64, 16, 25, 2, 0, [90, 24, 0, 26, 57, 0]),
-        (1, 4, 64, 16, 0, 24, 2, [40, 1, 0, 77, 16, 0]),
+        (1, 4, 64, 16, 0, 32, 2, [40, 1, 0, 200, 16, 0]),
     ],
 )
 def test_the_kernel_run_on_a_cpu(
     heads: int, group: int, head_dim: int, block_size: int, window: int, num_slices: int, start: int,
-    lens: list[int], tmp_path: Path,
+    lens: list[int], behind_gate: bool, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """Sequences cut between slices, one in many, empty ones, NaN behind the last token; bound: rounding."""
+    """Sequences cut between slices, one in many, empty ones, NaN behind the last token; bound: rounding.
+
+    The kernel in front writes q and the last tokens, and all else as well when nothing may be read before it has ended.
+    """
     torch.manual_seed(0)
     num_blocks = 40
     k, v = (torch.randn(num_blocks, block_size, heads, head_dim).bfloat16() for _ in range(2))
-    q = torch.randn(len(lens), heads * group + 2, head_dim).bfloat16()[:, : heads * group]
+    whole_q = torch.randn(len(lens), heads * group + 2, head_dim).bfloat16()
+    q = whole_q[:, : heads * group]
     tables = torch.full((len(lens), 16), -(2**20), dtype=torch.int32)
     free = torch.randperm(num_blocks).tolist()
     for b, length in enumerate(lens):
@@ -71,14 +76,24 @@ def test_the_kernel_run_on_a_cpu(
     plan = plan_of(lens, num_slices, window, start)
     tensors = (q, tables, context_lens, plan, arrived, partial, partial_ml, out)
     strides = (q.stride(0), q.stride(1), tables.stride(0), out.stride(0), out.stride(1))
+    last = []
+    for tensor in (whole_q, k, v, *(() if behind_gate else (tables, context_lens, plan))):
+        last.append((tensor, tensor.clone()))
+        if behind_gate and tensor is not whole_q:
+            for b, length in enumerate(lens):
+                if length:
+                    tensor[tables[b, (length - 1) // block_size], (length - 1) % block_size] = float("nan")
+        else:
+            tensor.fill_(-(2**20))
     run(
-        tmp_path, shape.source(), "decode", PARAMETERS,
+        tmp_path.parent, shape.source(), "decode", PARAMETERS,
         [
             blocks_map(k, 16), blocks_map(v, 16), *(pointer(tensor) for tensor in tensors),
             *(ctypes.c_int(value) for value in (len(lens), num_slices, start, block_size, window, window > 0)),
+            ctypes.c_int(behind_gate),
             ctypes.c_float(0.125 * LOG2E), *(ctypes.c_longlong(stride) for stride in strides), ctypes.c_ulonglong(0),
         ],
-        grid=num_slices, cluster=1, threads=32 * heads + 32,
+        grid=num_slices, cluster=1, threads=32 * heads + 32, last=last,
     )  # fmt: skip
     expected = attention(q, k, v, tables, context_lens, [1] * len(lens), 0.125, window)
     found = out[:-1].double()

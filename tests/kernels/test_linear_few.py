@@ -16,16 +16,19 @@ from kernels.launch import Chip, rehearse_on
 from kernels.linear_configs import linear_config
 from kernels.linear_few import SHARED_BYTES, FewConfig, FewTile, choose, padded_rows, tile_kernel, unsupported
 from kernels.linear_stream import LinearConfig
-from tests.kernels.hopper_on_cpu import halves_map, needs_compiler, pointer, run, tensor_map
+from tests.kernels.hopper_on_cpu import halves_map, late, needs_compiler, pointer, run, tensor_map
 
-PARAMETERS = "TensorMap*, TensorMap*, half_bits*, half_bits*, half_bits*, long long, long long, int, int, int, u64, u64"
+PARAMETERS = (
+    "TensorMap*, TensorMap*, half_bits*, half_bits*, half_bits*, long long, long long, int, int, int, u64, u64, int"
+)
 SHAPES_8B = {"gate_up": (28672, 4096), "qkv": (6144, 4096), "out": (4096, 4096), "down": (4096, 14336)}
 SHAPES_70B_OF_2 = {"gate_up": (28672, 8192), "qkv": (5120, 8192), "out": (8192, 4096), "down": (8192, 14336)}
 
 
 def fews(x: Tensor, weight: Tensor, folder: Path, config: FewConfig, **around: Tensor | bool) -> Tensor:
-    """The kernel's result, with bias, residual or gated around it."""
+    """The kernel's result, with bias, residual or gated around it, behind a kernel that writes x and the residual."""
     bias, residual = around.get("bias"), around.get("residual")
+    (x, residual), last = late(x, residual)
     gated = bool(around.get("gated"))
     tile = config.tile(x.shape[0], gated=gated, half=False)
     assert tile.fits
@@ -39,8 +42,10 @@ def fews(x: Tensor, weight: Tensor, folder: Path, config: FewConfig, **around: T
             tensor_map(x, tile.rows), weight_map, pointer(out), pointer(bias), pointer(residual),
             number(columns), number(residual.stride(0) if residual is not None else 0), integer(x.shape[0]),
             integer(columns), integer(-(-x.shape[1] // 64)), number(0), number(0),
+            integer(1),
         ],
         grid=-(-weight.shape[0] // tile.height) * tile.splits, cluster=tile.splits, threads=128 * tile.groups + 32,
+        last=last, gate=True,
     )  # fmt: skip
     assert (out[-1] == -7).all(), "the row behind the last was written to"
     return out[:-1]

@@ -17,7 +17,7 @@ from kernels.hopper import KINDS, SHARED_BYTES, parse_kinds, why_not
 from kernels.launch import Chip, rehearse_on
 from kernels.linear_configs import linear_config
 from kernels.linear_hopper import HopperConfig, Tile, choose, tile_kernel
-from tests.kernels.hopper_on_cpu import needs_compiler, pointer, run, tensor_map
+from tests.kernels.hopper_on_cpu import late, needs_compiler, pointer, run, tensor_map
 
 LLAMA_8B = {"gate_up": (28672, 4096), "qkv": (6144, 4096), "out": (4096, 4096), "down": (4096, 14336)}
 TILES = [
@@ -28,7 +28,7 @@ TILES = [
 
 PARAMETERS = (
     "TensorMap*, TensorMap*, half_bits*, half_bits*, half_bits*, float4*, u32*, long long, long long, int, int, int, "
-    "int, int, u64, u64, float*, int, int, float, half_bits*, half_bits*, float*"
+    "int, int, u64, u64, float*, int, int, float, half_bits*, half_bits*, float*, int"
 )
 
 
@@ -44,7 +44,11 @@ def product_of(
     square_sums: Tensor | None = None,
     next_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's result, it times next_norm, and its square sums; by fewer clusters than tiles where that can be."""
+    """The kernel's result, it times next_norm, and its square sums; by fewer clusters than tiles where that can be.
+
+    Behind a kernel that writes x, the residual and the square sums.
+    """
+    (x, residual, square_sums), last = late(x, residual, square_sums)
     tile = config.tile(x.shape[1], gated=gated, half=False, normed=square_sums is not None, norms=next_norm is not None)
     (rows, size), columns = x.shape, weight.shape[0] // (2 if gated else 1)
     out, scaled = (torch.full((rows + 1, columns), -7.0).bfloat16() for _ in range(2))
@@ -65,9 +69,10 @@ def product_of(
             number(columns), *(integer(value) for value in (rows, columns, steps, tiles_m, tiles_n)),
             number(0), number(0), pointer(square_sums), integer(0 if square_sums is None else len(square_sums)),
             integer(size), ctypes.c_float(1e-5), pointer(next_norm), pointer(scaled), pointer(sums),
+            integer(1),
         ],
         grid=clusters * tile.cluster_m * tile.cluster_n, cluster=tile.cluster_m * tile.cluster_n,
-        threads=128 * (tile.groups + 1),
+        threads=128 * (tile.groups + 1), last=last, gate=True,
     )  # fmt: skip
     assert (out[-1] == -7).all() and (scaled[-1] == -7).all(), "the row behind the last was written to"
     assert not arrived.any(), "counters are zero between launches"
