@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ARCHITECTURE = "sm_90a"
-_OPTIONS = (f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "--device-as-default-execution-space")
+HOPPER = "sm_90a"
+_OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 
 
 class CudaError(RuntimeError):
@@ -64,17 +64,18 @@ def nvrtc_version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def compile_cubin(source: str) -> bytes:
+def compile_cubin(source: str, architecture: str = HOPPER) -> bytes:
     """The machine code of a source, from the cache or compiled now and put there. Needs no GPU; safe in threads.
 
     Raises CudaError with the compiler's log.
     """
-    key = hashlib.sha256("\n".join((*_OPTIONS, source)).encode()).hexdigest()[:32]
+    options = (f"--gpu-architecture={architecture}", *_OPTIONS)
+    key = hashlib.sha256("\n".join((*options, source)).encode()).hexdigest()[:32]
     path = cache_folder() / f"{key}.cubin"
     try:
         return path.read_bytes()
     except OSError:
-        cubin = _compile(source)
+        cubin = _compile(source, options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -85,15 +86,15 @@ def compile_cubin(source: str) -> bytes:
     return cubin
 
 
-def _compile(source: str) -> bytes:
+def _compile(source: str, options: Sequence[str]) -> bytes:
     library = nvrtc()
     if library is None:
         raise CudaError("libnvrtc was not found: install nvidia-cuda-nvrtc, or set CUDA_HOME")
     program = ctypes.c_void_p()
     _check_nvrtc(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
     try:
-        options = (ctypes.c_char_p * len(_OPTIONS))(*(option.encode() for option in _OPTIONS))
-        failed = library.nvrtcCompileProgram(program, len(_OPTIONS), options)
+        texts = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        failed = library.nvrtcCompileProgram(program, len(options), texts)
         size = ctypes.c_size_t()
         if failed:
             library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
@@ -207,14 +208,16 @@ def blocks_map(cache: Tensor, box_tokens: int) -> TensorMap:
 class CudaKernel:
     """One function of a source, for the devices it is launched on."""
 
-    def __init__(self, source: str, name: str, *, threads: int, shared_bytes: int, cluster: int = 1) -> None:
-        self.source, self.name = source, name
+    def __init__(
+        self, source: str, name: str, *, threads: int, shared_bytes: int, cluster: int = 1, architecture: str = HOPPER
+    ) -> None:  # fmt: skip
+        self.source, self.name, self.architecture = source, name, architecture
         self.threads, self.shared_bytes, self.cluster = threads, shared_bytes, cluster
         self._functions: dict[int, ctypes.c_void_p] = {}
 
     def compile(self) -> bytes:
         """See that the machine code is in the cache; for threads at start, or processes without a GPU."""
-        return compile_cubin(self.source)
+        return compile_cubin(self.source, self.architecture)
 
     def _function(self, device: int) -> ctypes.c_void_p:
         if device not in self._functions:
@@ -238,14 +241,6 @@ class CudaKernel:
         _check(_driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), function, ctypes.byref(config)))
         return count.value
 
-    def _config(self, blocks: int, stream: int | None, *, dependent: bool) -> tuple[_LaunchConfig, Any]:
-        attributes = (_Attribute * 1)()
-        attributes[0].id, attributes[0].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
-        config = _LaunchConfig(
-            (blocks, 1, 1), (self.threads, 1, 1), self.shared_bytes, stream, attributes, 1 if dependent else 0
-        )
-        return config, attributes
-
     def launch(self, device: torch.device, blocks: int, arguments: Sequence[Any], *, dependent: bool) -> None:
         """Queue `blocks` blocks on the device's current stream; arguments are ctypes values.
 
@@ -256,3 +251,11 @@ class CudaKernel:
         config, _keep = self._config(blocks, stream, dependent=dependent)
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None))
+
+    def _config(self, blocks: int, stream: int | None, *, dependent: bool) -> tuple[_LaunchConfig, Any]:
+        attributes = (_Attribute * 1)()
+        attributes[0].id, attributes[0].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
+        config = _LaunchConfig(
+            (blocks, 1, 1), (self.threads, 1, 1), self.shared_bytes, stream, attributes, 1 if dependent else 0
+        )
+        return config, attributes

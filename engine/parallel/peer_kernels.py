@@ -71,9 +71,14 @@ __device__ __forceinline__ void store_peer(char *p, uint4 v) {
                  :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// Which call this is. Read by every block before any block can finish the call, see leave().
+// Which call this is. Read by every block before any block can finish the call, see leave(). The next kernel may start
+// now, to fetch its first weights, and this one may have: kernels/launch.py has the rules.
 __device__ __forceinline__ u32 enter(const u32 *state) {
     u32 call;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
     asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(call) : "l"(state) : "memory");
     return call;
 }

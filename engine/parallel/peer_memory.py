@@ -5,8 +5,10 @@ Buffers are shared through torch's symmetric memory (plain peer mappings, no mul
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +18,8 @@ from torch._C._distributed_c10d import Store
 from engine.errors import ConfigError
 from engine.parallel.nccl import Nccl
 from engine.parallel.peer_kernels import SOURCE
+from kernels.cuda_source import CudaKernel
+from kernels.launch import capability, dependent_launch
 
 Method = Literal["packets", "one_shot", "two_shot", "nccl"]
 
@@ -84,7 +88,6 @@ class PeerMemory:
         self._buffer, pointers = self._share(store)
         self._peers = (pointers + [0] * MAX_RANKS)[:MAX_RANKS]
         self._state = torch.zeros(2, dtype=torch.int32, device=self.device)
-        self._modules: dict[torch.dtype, Any] = {}
         nccl.barrier()  # nobody sends before every buffer is zero
 
     def _share(self, store: Store) -> tuple[Any, list[int]]:
@@ -137,7 +140,7 @@ class PeerMemory:
         assert x.is_contiguous() and residual.is_contiguous() and x.dtype == residual.dtype == weight.dtype
         normalised, total = torch.empty_like(x), torch.empty_like(x)
         pointers = (t.data_ptr() for t in (x, residual, weight, normalised, total))
-        args = (*pointers, rows, vectors, _float32(eps), self._state.data_ptr(), *self._peers)
+        args = (*pointers, rows, vectors, eps, self._state.data_ptr(), *self._peers)
         self._launch(x.dtype, f"{method}_add_norm", min(BLOCKS, rows), args)
         return normalised, total
 
@@ -154,30 +157,27 @@ class PeerMemory:
         self._nccl.close()
 
     def _launch(self, dtype: torch.dtype, name: str, blocks: int, args: tuple[Any, ...]) -> None:
-        import cupy
+        kernel = peer_kernel(dtype, name, self.rank, self.size, capability(self.device))
+        arguments = [ctypes.c_float(arg) if isinstance(arg, float) else ctypes.c_longlong(arg) for arg in args]
+        kernel.launch(self.device, blocks, arguments, dependent=bool(dependent_launch(self._state)["PDL"]))
 
-        if dtype not in self._modules:
-            self._modules[dtype] = self._compile(dtype)
-        with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
-            self._modules[dtype].get_function(name)((blocks,), (THREADS,), args)
 
-    def _compile(self, dtype: torch.dtype) -> Any:
-        """The kernels for this dtype; a fraction of a second, then cached on disk."""
-        import cupy
-
-        values = {
-            "DTYPE": _DTYPES[dtype],
-            "RANK": self.rank,
-            "SIZE": self.size,
-            "THREADS": THREADS,
-            "BLOCKS": BLOCKS,
-            "ROW_VECTORS": ROW_VECTORS,
-            "PACKET_BYTES": PACKET_BYTES,
-            "DATA_BYTES": DATA_BYTES,
-        }
-        cupy.cuda.Device(self.device.index).use()
-        options = ("-std=c++17", *(f"-D{name}={value}" for name, value in values.items()))
-        return cupy.RawModule(code=SOURCE, options=options)
+@cache
+def peer_kernel(dtype: torch.dtype, name: str, rank: int, size: int, capability: tuple[int, int]) -> CudaKernel:
+    """One of peer_kernels' functions, for rank `rank` of `size`, on GPUs of this compute capability."""
+    values = {
+        "DTYPE": _DTYPES[dtype],
+        "RANK": rank,
+        "SIZE": size,
+        "THREADS": THREADS,
+        "BLOCKS": BLOCKS,
+        "ROW_VECTORS": ROW_VECTORS,
+        "PACKET_BYTES": PACKET_BYTES,
+        "DATA_BYTES": DATA_BYTES,
+    }
+    macros = "".join(f"#define {macro} {value}\n" for macro, value in values.items())
+    machine = f"sm_{capability[0]}{capability[1]}"
+    return CudaKernel(macros + SOURCE, name, threads=THREADS, shared_bytes=0, architecture=machine)
 
 
 def _world(store: Store, rank: int, size: int) -> Any:
@@ -188,8 +188,3 @@ def _world(store: Store, rank: int, size: int) -> Any:
         world.init_process_group("gloo", store=world.PrefixStore("world", store), rank=rank, world_size=size)
     return world.group.WORLD
 
-
-def _float32(value: float) -> Any:
-    import numpy as np
-
-    return np.float32(value)
