@@ -19,7 +19,7 @@ from kernels.hopper import FIRST_OUT, SHARED_BYTES, kernel_text, why_not
 from kernels.launch import compile_in_rehearsal, dependent_launch
 
 TILE = 16
-LEAST_SEQUENCES = 33
+LEAST_SEQUENCES = 9
 """Fewer are cut into so many slices that merging them takes longer than reading."""
 MAX_GROUP = 8
 """Query heads to a key/value head."""
