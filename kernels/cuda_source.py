@@ -192,19 +192,6 @@ def halves_map(x: Tensor, box_runs: int) -> TensorMap:
     return _tensor_map(x.data_ptr(), x.dtype == torch.float16, sizes, strides, (64, 8, 2, box_runs))
 
 
-def blocks_map(cache: Tensor, box_tokens: int) -> TensorMap:
-    """The map of a paged cache [blocks, block_size, heads, D], D a multiple of 64: a box is tokens of one block, whole.
-
-    In shared memory all tokens' first 64 elements of the first head are followed by all their next 64, and so on.
-    Coordinates: element, token of the block, run of 64 elements, block.
-    """
-    blocks, block_size, heads, head_dim = cache.shape
-    runs = heads * head_dim // 64
-    assert cache.data_ptr() % 16 == 0 and cache.stride()[1:] == (heads * head_dim, head_dim, 1)
-    sizes, strides = (64, block_size, runs, blocks), (2 * cache.stride(1), 128, 2 * cache.stride(0))
-    return _tensor_map(cache.data_ptr(), cache.dtype == torch.float16, sizes, strides, (64, box_tokens, runs, 1))
-
-
 class CudaKernel:
     """One function of a source, for the devices it is launched on."""
 

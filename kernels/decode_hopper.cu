@@ -6,17 +6,21 @@
 //   STAGES     tiles of TILE tokens in flight, keys and values of all heads
 //   HALF       float16; otherwise bfloat16
 //
-// The work is cut as kernels/paged_decode.py says, one slice a block. One warp loads, by two bulk copies a tile. Tokens are
-// the rows of the products, query heads the columns: s = K q, out = V^T p, so that the few heads of a group fill a side.
+// The work is cut as kernels/paged_decode.py says, one slice a block. One warp loads a tile's keys and its values, each as
+// the run of bytes that they are: boxes of 128 bytes came 5 % slower. In shared memory a head's rows then all begin in the
+// same bank, where ldmatrix would read one at a time: lanes read 16 bytes each, so that not more than two meet, and have
+// the elements of a product in the order in which they get them, which is free as long as both factors agree.
+// Tokens are the rows of the products, query heads the columns: s = K q, out = V^T p, so that the few heads of a group
+// fill a side.
 // Behind a gate (kernels/launch.py) everything but q and the last token of a context was written before it, and is read
 // before the kernel in front has ended: through L2, for nothing tells L1 of it.
 // Symbols as in FlashAttention, Dao 2023: m running maximum, l running sum, acc running output.
 
 constexpr int TILE = 16;
-constexpr int RUNS = HEAD_DIM / 64;                    // of 64 elements, 128 bytes, of a head
-constexpr int HEAD_BYTES = RUNS * TILE * 128;          // of one tile: runs of [TILE, 64] in 128-byte swizzle
-constexpr int KEY_BYTES = HEADS * HEAD_BYTES, STAGE_BYTES = 2 * KEY_BYTES;
-constexpr int STEPS = HEAD_DIM / 16;
+constexpr int TOKEN = HEADS * HEAD_DIM, TOKEN_BYTES = 2 * TOKEN;
+constexpr int KEY_BYTES = TILE * TOKEN_BYTES, STAGE_BYTES = 2 * KEY_BYTES;
+constexpr int STEPS = HEAD_DIM / 16;                   // of a product
+constexpr int EIGHTS = HEAD_DIM / 64;                  // 16 bytes each, a thread has of a value's elements
 constexpr int BLOCKS = HEADS < 8 ? 8 / HEADS : 1;      // a multiprocessor
 
 struct Slices {
@@ -43,9 +47,14 @@ struct Segment {
   }
 };
 
-// Where in a head's tile of a stage the 8 elements are that begin at `element` of a token.
-__device__ __forceinline__ u32 place(int token, int element) {
-  return (element / 64 * TILE + token) * 128 + ((element % 64 / 8) ^ (token & 7)) * 16;
+__device__ __forceinline__ u32 word(const uint4& four, int i) {
+  return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
+}
+
+// Swap the two if so.
+__device__ __forceinline__ void exchange(uint4& a, uint4& b, bool so) {
+  const uint4 first = so ? b : a, second = so ? a : b;
+  a = first, b = second;
 }
 
 __device__ __forceinline__ float over_tokens(float value, bool largest) {  // of one column, over its 8 lanes
@@ -58,13 +67,13 @@ __device__ __forceinline__ float over_tokens(float value, bool largest) {  // of
 }
 
 extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
-    const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v, const half_bits* q,
-    const int* tables, const int* lengths, const int* plan, u32* arrived, float4* partial, float* partial_ml,
-    half_bits* out, int num_seqs, int num_slices, int start_tiles, int block_size, int window, int keep_empty,
-    int behind_gate, float scale, long long stride_qb, long long stride_qh, long long stride_tb, long long stride_ob,
+    const half_bits* k_cache, const half_bits* v_cache, const half_bits* q, const int* tables, const int* lengths,
+    const int* plan, u32* arrived, float4* partial, float* partial_ml, half_bits* out, int num_seqs, int num_slices,
+    int start_tiles, int block_size, int window, int keep_empty, int behind_gate, float scale, long long stride_qb,
+    long long stride_qh, long long stride_kb, long long stride_vb, long long stride_tb, long long stride_ob,
     long long stride_oh, u64 policy) {
   extern __shared__ char memory[];
-  const u32 stages = (address_of(memory) + 1023) & ~1023u;
+  const u32 stages = address_of(memory);
   const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
   const int lane = threadIdx.x % 32, head = __shfl_sync(~0u, threadIdx.x / 32, 0), slice = blockIdx.x;
   const Slices slices{plan, num_slices};
@@ -100,13 +109,17 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
           wait_for_last();
           waits = false;
         }
-        const int from = __shfl_sync(~0u, block, i % 32), token = (now.skipped + first + i) * TILE % block_size;
+        const long long from = __shfl_sync(~0u, block, i % 32);
+        const int token = (now.skipped + first + i) * TILE, at = token % block_size * TOKEN;
+        const u32 bytes = max(min(now.length - token, TILE), 0) * TOKEN_BYTES;
         if (one_lane()) {
           const u32 to = stages + stage * STAGE_BYTES, bar = full + 8 * stage;
           barrier_wait(empty + 8 * stage, phase);
-          barrier_expect(bar, STAGE_BYTES);
-          load_box(to, &map_k, bar, 0, token, 0, from, policy);
-          load_box(to + KEY_BYTES, &map_v, bar, 0, token, 0, from, policy);
+          barrier_expect(bar, 2 * bytes);
+          if (bytes > 0) {
+            load_run(to, k_cache + from * stride_kb + at, bytes, bar, policy);
+            load_run(to + KEY_BYTES, v_cache + from * stride_vb + at, bytes, bar, policy);
+          }
         }
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
@@ -114,9 +127,10 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
     return;
   }
 
-  // This thread's places: of products' rows (tokens; elements of the output) lane / 4 and that + 8, of columns (query heads)
-  // two from `column`. Where ldmatrix takes a row from: of 4 matrices of 8 x 8, lane / 8 is the one.
-  const int row = lane / 4, column = lane % 4 * 2, matrix = lane / 8, in_matrix = lane % 8;
+  // This thread's places: of products' rows lane / 4 and that + 8, of columns (query heads) two from `column`, of what is
+  // summed over two from `column` and two from `column` + 8. Of a key's and a query's elements those are its eights, which
+  // lie 4 apart, two steps each; of a value's, rows of V^T, its two of step i are 2 i and the next of `own_values`.
+  const int row = lane / 4, column = lane % 4 * 2, own_values = row * EIGHTS * 8;
   u32 phase = 0;
   for (bool begins = true; left > 0 && sequence < num_live;
        left -= now.take + start_tiles, sequence++, first = 0, begins = false) {
@@ -128,28 +142,34 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
 #pragma unroll
       for (int j = 0; j < 2; j++)
         queries[i][j] = row < GROUP ? *(const u32*)(q + sequence * stride_qb + (head * GROUP + row) * stride_qh
-                                                    + i * 16 + j * 8 + column)
+                                                    + i / 2 * 32 + lane % 4 * 8 + i % 2 * 4 + j * 2)
                                     : 0;
     float m[2] = {minus_infinity(), minus_infinity()}, l[2] = {}, acc[STEPS][4] = {};
     for (int i = 0; i < now.take; i++) {
       const int token = (now.skipped + first + i) * TILE;
-      const u32 keys = stages + stage * STAGE_BYTES + head * HEAD_BYTES, values = keys + KEY_BYTES;
+      const u32 keys = stages + stage * STAGE_BYTES + head * HEAD_DIM * 2, values = keys + KEY_BYTES;
       barrier_wait(full + 8 * stage, phase);
       float s[2][4] = {};
 #pragma unroll
-      for (int step = 0; step < STEPS; step++) {
-        u32 a[4];
-        load_matrices(a, keys + place(matrix % 2 * 8 + in_matrix, step * 16 + matrix / 2 * 8));
-        multiply_add(s[step % 2], a, queries[step]);
+      for (int step = 0; step < STEPS; step += 4) {
+        uint4 eights[2][2];  // of this row and that + 8; neighbouring rows take the two in opposite order
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            eights[half][i] = load_words(keys + (row + 8 * half) * TOKEN_BYTES
+                                         + (step * 2 + (i ^ row % 2) * 4 + lane % 4) * 16);
+#pragma unroll
+        for (int half = 0; half < 2; half++) exchange(eights[half][0], eights[half][1], row % 2);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const uint4 upper = eights[0][i], lower = eights[1][i];
+          const u32 a[2][4] = {{upper.x, lower.x, upper.y, lower.y}, {upper.z, lower.z, upper.w, lower.w}};
+          multiply_add(s[0], a[0], queries[step + 2 * i]);
+          multiply_add(s[1], a[1], queries[step + 2 * i + 1]);
+        }
       }
       const bool ends = token + TILE > now.length, edge = window > 0 && token < now.length - window;
-      if (ends) {  // what lies behind the last token may be anything, even NaN
-        for (int chunk = lane; chunk < RUNS * TILE * 8; chunk += 32)
-          if (token + chunk / 8 % TILE >= now.length)
-            *shared_pointer<uint4>(values + chunk * 16) = make_uint4(0, 0, 0, 0);
-        stores_fence();
-        __syncwarp();
-      }
       float p[4], shift[2], decay[2];
 #pragma unroll
       for (int c = 0; c < 4; c++) {
@@ -180,10 +200,25 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
         l[c % 2] += p[c];
       }
       const u32 weights[2] = {transposed(pack(p[0], p[1])), transposed(pack(p[2], p[3]))};
+      uint4 eights[4][EIGHTS];  // of tokens `column`, the next, and these + 8
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int of = column + i % 2 + i / 2 * 8;
+#pragma unroll
+        for (int j = 0; j < EIGHTS; j++)
+          eights[i][j] = load_words(values + of * TOKEN_BYTES + own_values * 2 + (j ^ lane % EIGHTS) * 16);
+        if (EIGHTS == 2) exchange(eights[i][0], eights[i][EIGHTS - 1], lane % 2);
+        if (ends && token + of >= now.length)  // what lies behind the last token may be anything, even NaN
+#pragma unroll
+          for (int j = 0; j < EIGHTS; j++) eights[i][j] = make_uint4(0, 0, 0, 0);
+      }
 #pragma unroll
       for (int step = 0; step < STEPS; step++) {
-        u32 a[4];
-        load_matrices_transposed(a, values + place(matrix / 2 * 8 + in_matrix, step * 16 + matrix % 2 * 8));
+        u32 two[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) two[i] = word(eights[i][step / 4], step % 4);
+        const u32 a[4] = {lower_halves(two[0], two[1]), upper_halves(two[0], two[1]), lower_halves(two[2], two[3]),
+                          upper_halves(two[2], two[3])};
         multiply_add(acc[step], a, weights);
       }
       __syncwarp();
@@ -196,8 +231,9 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
       const int own = (slice * 2 + !begins) * HEADS + head;
 #pragma unroll
       for (int step = 0; step < STEPS; step++)
-        __stcg(partial + (own * STEPS + step) * 32 + lane,
-               make_float4(acc[step][0], acc[step][1], acc[step][2], acc[step][3]));
+        if (column < GROUP)
+          __stcg(partial + (own * STEPS + step) * 32 + lane,
+                 make_float4(acc[step][0], acc[step][1], acc[step][2], acc[step][3]));
       if (row == 0) __stcg((float4*)partial_ml + own * 4 + lane, make_float4(m[0], l[0], m[1], l[1]));
       __syncwarp();
       // Slices [from, to] hold this sequence; the last one to arrive merges them.
@@ -240,7 +276,8 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
           float4 four[8];
 #pragma unroll
           for (int i = 0; i < 8; i++)
-            four[i] = eight + i <= to ? __ldcg(partial + places[i] + step * 32) : make_float4(0, 0, 0, 0);
+            four[i] = eight + i <= to && column < GROUP ? __ldcg(partial + places[i] + step * 32)
+                                                        : make_float4(0, 0, 0, 0);
 #pragma unroll
           for (int c = 0; c < 4; c++) acc[step][c] *= old[c % 2];
 #pragma unroll
@@ -254,14 +291,13 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
     }
     if (keep_empty && now.length == 0) continue;
     const float share[2] = {1 / fmaxf(l[0], 1e-30f), 1 / fmaxf(l[1], 1e-30f)};
-    half_bits* to = out + sequence * stride_ob + (head * GROUP + row) * stride_oh + column;
 #pragma unroll
-    for (int step = 0; step < STEPS; step++)
+    for (int c = 0; c < 2; c++) {
+      half_bits* to = out + sequence * stride_ob + (head * GROUP + column + c) * stride_oh + own_values;
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const u32 two = transposed(pack(acc[step][2 * half] * share[0], acc[step][2 * half + 1] * share[1]));
-        if (row < GROUP) *(u32*)(to + step * 16 + half * 8) = two;
-      }
+      for (int step = 0; step < STEPS; step++)
+        if (column + c < GROUP) *(u32*)(to + 2 * step) = pack(acc[step][c] * share[c], acc[step][c + 2] * share[c]);
+    }
   }
   wait_for_last();
   if (keep_empty) return;

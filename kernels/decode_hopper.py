@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cuda_source import CudaKernel, blocks_map
+from kernels.cuda_source import CudaKernel
 from kernels.hopper import FIRST_OUT, SHARED_BYTES, kernel_text, why_not
 from kernels.launch import compile_in_rehearsal, dependent_launch
 
@@ -49,7 +49,7 @@ class DecodeShape:
     @property
     def stages(self) -> int:
         share = (SHARED_BYTES - 1024 * self.blocks_per_multiprocessor) // self.blocks_per_multiprocessor
-        return min(6, (share - 1024 - 128) // self.stage_bytes)
+        return min(6, share // (self.stage_bytes + 16))
 
     def source(self) -> str:
         """The kernel's text, whole."""
@@ -62,7 +62,7 @@ class DecodeShape:
 
 @cache
 def shape_kernel(shape: DecodeShape) -> CudaKernel:
-    shared_bytes = shape.stages * (shape.stage_bytes + 16) + 1024
+    shared_bytes = shape.stages * (shape.stage_bytes + 16)
     return CudaKernel(shape.source(), "decode", threads=32 * shape.heads + 32, shared_bytes=shared_bytes)
 
 
@@ -101,13 +101,12 @@ def decode(
         return out
     assert work.config.tile == TILE and q.stride(2) == 1 and q.stride(0) % 2 == 0 and q.stride(1) % 2 == 0
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
-    tensors = (q, block_tables, context_lens, work.plan, work.arrived, partial, partial_ml, out)
+    assert k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
+    tensors = (k_cache, v_cache, q, block_tables, context_lens, work.plan, work.arrived, partial, partial_ml, out)
     cut = (num_seqs, work.num_slices, work.config.start_tiles)
     values = (*cut, k_cache.shape[1], work.sliding_window, into is not None, behind_gate)
-    strides = (q.stride(0), q.stride(1), block_tables.stride(0), out.stride(0), out.stride(1))
+    strides = (*q.stride()[:2], k_cache.stride(0), v_cache.stride(0), block_tables.stride(0), *out.stride()[:2])
     arguments = [
-        blocks_map(k_cache, TILE),
-        blocks_map(v_cache, TILE),
         *(pointer(tensor.data_ptr()) for tensor in tensors),
         *(integer(value) for value in values),
         ctypes.c_float(scale * LOG2E),

@@ -100,17 +100,17 @@ def _plan_kernel(
     ends = tl.cumsum(units, 0)
     total = tl.sum(units, 0)
     per_slice = tl.maximum((total + num_slices - 1) // num_slices, min_tiles)
-    tl.store(plan, per_slice)
-    tl.store(plan + 1, num_live)
-    tl.store(plan + 2 + 2 * num_slices + b, ends - units + START, mask=b < num_seqs)
-    for first in range(0, num_slices, CHUNK):
-        g = first + tl.arange(0, CHUNK)
-        start = tl.minimum(g * per_slice, total)
-        before = ends[None, :] <= start[:, None]
-        seq = tl.sum(before.to(tl.int32), 1)
-        unit = start - tl.max(tl.where(before, ends[None, :], 0), 1)
-        tl.store(plan + 2 + g, tl.minimum(seq, num_live), mask=g < num_slices)
-        tl.store(plan + 2 + num_slices + g, unit - START, mask=g < num_slices)
+    if tl.program_id(0) == 0:
+        tl.store(plan, per_slice)
+        tl.store(plan + 1, num_live)
+        tl.store(plan + 2 + 2 * num_slices + b, ends - units + START, mask=b < num_seqs)
+    g = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    start = tl.minimum(g * per_slice, total)
+    before = ends[None, :] <= start[:, None]
+    seq = tl.sum(before.to(tl.int32), 1)
+    unit = start - tl.max(tl.where(before, ends[None, :], 0), 1)
+    tl.store(plan + 2 + g, tl.minimum(seq, num_live), mask=g < num_slices)
+    tl.store(plan + 2 + num_slices + g, unit - START, mask=g < num_slices)
 
 
 @jit(do_not_specialize=["num_seqs", "num_slices"])
@@ -266,10 +266,11 @@ def make_work(
     plan = torch.empty(2 + 2 * num_slices + num_seqs, dtype=torch.int32, device=context_lens.device)
     arrived = torch.zeros(num_seqs, num_kv_heads, dtype=torch.int32, device=context_lens.device)
     padded = max(next_power_of_2(num_seqs), 256)  # few variants to compile
-    _plan_kernel[(1,)](
+    chunk = max(1, min(32, 16384 // padded))
+    _plan_kernel[(-(-num_slices // chunk),)](
         context_lens, plan, num_seqs, num_slices, config.min_tiles,
-        B=padded, TILE=config.tile, START=config.start_tiles, WINDOW=sliding_window,
-        CHUNK=max(1, min(32, 16384 // padded)), num_warps=8, **dependent_launch(plan),
+        B=padded, TILE=config.tile, START=config.start_tiles, WINDOW=sliding_window, CHUNK=chunk,
+        num_warps=8, **dependent_launch(plan),
     )  # fmt: skip
     return DecodeWork(plan, arrived, num_slices, config, sliding_window)
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import activation, hopper, paged_attention, paged_decode
-from kernels.decode_hopper import TILE, DecodeShape
+from kernels import activation, decode_hopper, hopper, paged_attention, paged_decode
 from kernels.linear_few import FewConfig
 from kernels.linear_hopper import HopperConfig
 from kernels.paged_decode import DecodeConfig
@@ -125,7 +124,7 @@ def _decodes(dtype: torch.dtype, small: bool) -> Iterator[Case]:
     batches = (
         [[40, 1, 0, 77, 16, 0, 0]]
         if small
-        else [[1], [40, 1, 0, 77, 16], [3000, 17, *[0] * 14], [61 * i % 1500 for i in range(70)] + [0] * 58]
+        else [[1], [40, 1, 0, 77, 16], [3000, 17, *[0] * 14], [61 * i % 1500 for i in range(160)] + [0] * 32]
     )
     shapes = ((8, 4, 128), (4, 8, 128), (2, 7, 64), (1, 1, 128), (3, 2, 64))
     for (heads, group, head_dim), lens, window, block_size in product(shapes, batches, (0, 100), (16, 32)):
@@ -157,9 +156,9 @@ def _definition(arguments: tuple[Tensor, ...], options: dict[str, Any]) -> list[
 
 def hopper_cut(k_cache: Tensor) -> DecodeConfig:
     """The config with which kernels.decode_hopper runs, whatever the number of sequences."""
-    heads = k_cache.shape[2]
-    blocks = DecodeShape(heads, 1, k_cache.shape[3]).blocks_per_multiprocessor
-    return DecodeConfig(tile=TILE, programs_per_multiprocessor=heads * blocks, hopper=True)
+    config = paged_decode.hopper_config(k_cache, decode_hopper.LEAST_SEQUENCES)
+    assert config is not None
+    return config
 
 
 def decode_timings() -> Iterator[tuple[str, float, int]]:

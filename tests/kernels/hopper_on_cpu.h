@@ -71,8 +71,8 @@ static int block_threads, cluster_blocks, grid_blocks;
 static long events;
 
 struct Index { int x; };
-#define threadIdx (Index{now->number})
-#define blockIdx (Index{now->block})
+#define threadIdx (Index{::now->number})
+#define blockIdx (Index{::now->block})
 #define gridDim (Index{grid_blocks})
 
 static std::string failure;
@@ -107,6 +107,9 @@ inline u32 cluster_rank() { return now->block % cluster_blocks; }
 inline int member(u32 rank) { return now->block / cluster_blocks * cluster_blocks + (int)rank; }
 inline u64 address_in(u32 address, u32 rank) { return (u64)(member(rank) + 1) << 32 | address; }
 inline float4 load_cluster(u64 address) { return *(float4*)at(address, 16); }
+inline uint4 load_words(u32 address) { return *(uint4*)at(address, 16); }
+inline u32 lower_halves(u32 a, u32 b) { return a & 0xFFFF | b << 16; }
+inline u32 upper_halves(u32 a, u32 b) { return a >> 16 | b & 0xFFFF0000; }
 inline float4 load_shared(u32 address) { return load_cluster(address); }
 inline void store_shared(u32 address, float v) { *(float*)at(address, 4) = v; }
 
@@ -197,10 +200,22 @@ inline void load_tile_for(u32 to, const TensorMap* map, u32 bar, int k, int row,
 inline void load_box(u32 to, const TensorMap* map, u32 bar, int a, int b, int c, int d, u64) {
   start_copy(to, map, bar, {a, b, c, d}, {now->block});
 }
+inline void load_run(u32 to, const void* from, u32 bytes, u32 bar, u64) {
+  if (to % 16 || (u64)from % 16 || bytes % 16) give_up("a run of bytes begins or ends in the middle of 16");
+  memset(at(to, bytes), 0xFF, bytes);
+  copies.push_back({now->block, to, bar, {(char*)from}, {(long)bytes}, {now->block}});
+  events++;
+}
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 inline void end_copy(size_t which) {
   const Copy copy = copies[which];
   copies.erase(copies.begin() + which);
+  if (copy.map.rank == 0) {
+    Barrier& b = barrier(copy.block, copy.bar);
+    memcpy(at((u64)(copy.block + 1) << 32 | copy.to, copy.at[0]), copy.map.base, copy.at[0]);
+    b.bytes -= copy.at[0];
+    return settle(b);
+  }
   long box[4] = {64, 1, 1, 1}, row = 0;
   for (int d = 1; d < copy.map.rank; d++) box[d] = copy.map.box[d];
   for (long g = 0; g < box[3]; g++)

@@ -47,14 +47,6 @@ def halves_map(x: Tensor, box_runs: int) -> TensorMap:
     return _map(x, (x.shape[1], 8, 2, rows // 8), (stride, rows * stride, 8 * stride), (64, 8, 2, box_runs))
 
 
-def blocks_map(cache: Tensor, box_tokens: int) -> TensorMap:
-    """As kernels.cuda_source.blocks_map."""
-    blocks, block_size, heads, head_dim = cache.shape
-    runs = heads * head_dim // 64
-    strides = (2 * cache.stride(1), 128, 2 * cache.stride(0))
-    return _map(cache, (64, block_size, runs, blocks), strides, (64, box_tokens, runs, 1))
-
-
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 

@@ -14,12 +14,12 @@ from kernels.decode_hopper import LOG2E, DecodeShape, shape_kernel, shape_of, un
 from kernels.launch import Chip, rehearse_on
 from kernels.paged_attention import decode, plan_decode
 from kernels.paged_decode import hopper_config
-from tests.kernels.hopper_on_cpu import blocks_map, needs_compiler, pointer, run
+from tests.kernels.hopper_on_cpu import needs_compiler, pointer, run
 from tests.kernels.reference import attention
 
 PARAMETERS = (
-    "TensorMap*, TensorMap*, half_bits*, int*, int*, int*, u32*, float4*, float*, half_bits*, int, int, int, int, int, "
-    "int, int, float, long long, long long, long long, long long, long long, u64"
+    "half_bits*, half_bits*, half_bits*, int*, int*, int*, u32*, float4*, float*, half_bits*, int, int, int, int, int, "
+    "int, int, float, long long, long long, long long, long long, long long, long long, long long, u64"
 )
 
 
@@ -74,8 +74,8 @@ def test_the_kernel_run_on_a_cpu(
     partial, partial_ml = torch.full((slots * 8 * head_dim,), float("nan")), torch.full((slots * 16,), float("nan"))
     arrived = torch.zeros(len(lens), heads, dtype=torch.int32)
     plan = plan_of(lens, num_slices, window, start)
-    tensors = (q, tables, context_lens, plan, arrived, partial, partial_ml, out)
-    strides = (q.stride(0), q.stride(1), tables.stride(0), out.stride(0), out.stride(1))
+    tensors = (k, v, q, tables, context_lens, plan, arrived, partial, partial_ml, out)
+    strides = (*q.stride()[:2], k.stride(0), v.stride(0), tables.stride(0), *out.stride()[:2])
     last = []
     for tensor in (whole_q, k, v, *(() if behind_gate else (tables, context_lens, plan))):
         last.append((tensor, tensor.clone()))
@@ -88,7 +88,7 @@ def test_the_kernel_run_on_a_cpu(
     run(
         tmp_path.parent, shape.source(), "decode", PARAMETERS,
         [
-            blocks_map(k, 16), blocks_map(v, 16), *(pointer(tensor) for tensor in tensors),
+            *(pointer(tensor) for tensor in tensors),
             *(ctypes.c_int(value) for value in (len(lens), num_slices, start, block_size, window, window > 0)),
             ctypes.c_int(behind_gate),
             ctypes.c_float(0.125 * LOG2E), *(ctypes.c_longlong(stride) for stride in strides), ctypes.c_ulonglong(0),
@@ -146,7 +146,7 @@ def test_a_rehearsal_meets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch._Rehearsed, "met", None)
     monkeypatch.setattr(hopper, "USED", {"decode"})
     monkeypatch.setattr(decode_hopper, "why_not", lambda _: None)
-    monkeypatch.setattr("kernels.paged_decode._plan_kernel", {(1,): lambda *_, **__: None})
+    monkeypatch.setattr("kernels.paged_decode._plan_kernel", {(5,): lambda *_, **__: None})
     rehearse_on(Chip((9, 0), 132), lambda *what: met.append(what[:2]))
     try:
         meta = {"dtype": torch.bfloat16, "device": "meta"}
