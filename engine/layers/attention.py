@@ -48,6 +48,9 @@ class StepInput:
     caches: list[tuple[Tensor, Tensor]]
     """Of each layer: keys, values, [num_blocks, block_size, kv heads of this rank, head_dim]."""
     cos_sin: Tensor
+    wanted: Tensor | None = None
+    """[R] int64: the tokens whose last hidden states are wanted, in this order; None: all of them. Of the others the
+    last layer makes keys and values only."""
     overlaid: bool = False
     """Where the decodes end is known on the device only: the chunks' cu_seqlens count from row 0, rows of one kind are
     nobody's to the other (decodes of no context), whose results lie in one tensor."""
@@ -56,6 +59,7 @@ class StepInput:
 class Attention:
     """stream += attention(norm(stream)); writes the keys and values of the step's tokens into the cache.
 
+    Behind the last layer's the stream goes on with the rows that are wanted alone.
     With `qk_norm` every query and key head is RMS-normalised before it is rotated (Qwen3).
     """
 
@@ -70,6 +74,7 @@ class Attention:
         qk_norm: bool = False,
     ) -> None:
         self.layer, self.head_dim = layer, model.head_dim
+        self.is_last = layer == model.num_layers - 1
         self.num_heads = model.num_attention_heads // place.size
         self.num_kv_heads = model.num_key_value_heads // place.size
         self.scale = model.head_dim**-0.5
@@ -109,7 +114,11 @@ class Attention:
             eps=self.eps,
             behind_gate=True,
         )
-        stream.add(self.out, self._attend(q, k_cache, v_cache, step).view(-1, heads * self.head_dim))
+        attended = self._attend(q, k_cache, v_cache, step).view(-1, heads * self.head_dim)
+        if self.is_last and step.wanted is not None:
+            stream.keep(step.wanted)
+            attended = attended.index_select(0, step.wanted)
+        stream.add(self.out, attended)
 
     def _attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInput) -> Tensor:
         """Decodes by the decode kernel, chunks by the prefill kernel; q [T, Hq, D] -> [T, Hq, D]."""

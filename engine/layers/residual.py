@@ -25,7 +25,7 @@ from kernels.registry import Kernel, on_gpu
 
 
 class ResidualStream:
-    """Of T tokens, [T, hidden_size], whole on every rank."""
+    """Of T tokens, [T, hidden_size], whole on every rank; of fewer once `keep` has chosen."""
 
     def __init__(self, x: Tensor) -> None:
         self._total = x
@@ -86,6 +86,11 @@ class ResidualStream:
         else:
             self._pending = linear.partial(x)
             self._source = linear if linear.place.size > 1 else None
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, [R] int64, in their order. Comes after `into` or `normed`, before the next `add`."""
+        assert self._pending is None and self._product is None, "what waits to be added has all rows"
+        self._total = self._total.index_select(0, rows)
 
     def _add_product(self) -> None:
         if self._product is not None:

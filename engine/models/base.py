@@ -17,7 +17,7 @@ class Model(Protocol):
     def __init__(self, place: Place, model: ModelConfig) -> None: ...
 
     def forward(self, step: StepInput) -> Tensor:
-        """The last hidden state of each of the step's tokens, [T, hidden_size], whole on every rank."""
+        """The last hidden states of the step's `wanted` tokens [R, hidden_size], or of all, whole on every rank."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

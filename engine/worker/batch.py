@@ -41,6 +41,14 @@ class Entries:
     def num_tokens(self) -> int:
         return int(self.offsets[-1])
 
+    def last_rows(self, indices: Int32Array) -> Int64Array:
+        """Where in the step's T tokens the last one of each of these entries is."""
+        return self.offsets[1:][indices] - 1
+
+    def are_all(self, rows: Int64Array) -> bool:
+        """Whether `rows` are the step's T tokens, in their order."""
+        return len(rows) == self.num_tokens and np.array_equal(rows, np.arange(len(rows)))
+
 
 class Batch:
     """The mirror: for each slot its tokens, how many there are and are computed, and its block table."""

@@ -21,6 +21,7 @@ def largest_step(
 ) -> None:
     """Run the model over max_num_batched_tokens prompt tokens and draw max_num_seqs tokens; nothing is kept.
 
+    Every token's last hidden state is wanted, as for the log-probabilities of prompts: no step takes more memory.
     The cache is one block that every table entry names and that no token is written to.
     """
     num_tokens = max(config.max_num_batched_tokens, config.max_num_seqs)

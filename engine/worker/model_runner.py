@@ -99,9 +99,13 @@ class ModelRunner:
         slots = self.batch.sampled_slots(plan)
         if self._graphs is not None and _all_decode(plan) and not (self._state.flags[slots] & PROMPT_LOGPROBS).any():
             return self._decode(self._graphs, plan, entries, slots, masks)
-        hidden = self._forward(entries)
-        prompts = list(self._prompt_logprobs(plan, entries, hidden))
-        pooled = self._pooler.pool(plan, entries, hidden)
+        drawing = _last_rows(plan, entries)
+        with_prompts = self._with_prompt_logprobs(entries)
+        needs_all = bool(with_prompts.size) or self._pooler.needs_all(entries)
+        hidden = self._forward(entries, np.arange(entries.num_tokens) if needs_all else drawing)
+        last = hidden[upload(drawing, self._device)] if needs_all else hidden
+        prompts = list(self._prompt_logprobs(plan, entries, with_prompts, hidden))
+        pooled = self._pooler.pool(plan, entries, hidden, last)
         self.batch.computed(entries)
         if not plan.sample_seqs:
             return lambda: StepResult(plan.epoch, plan.step, prompt_logprobs=[finish() for finish in prompts])
@@ -109,7 +113,7 @@ class ModelRunner:
             self.batch.append(slots, torch.zeros(len(slots), dtype=torch.int64, device=self._device))
             nothing = bytes(len(plan.sample_seqs))
             return lambda: StepResult(plan.epoch, plan.step, nothing, pooled=pooled())
-        logits = self._model.logits(self._last_rows(plan, entries, hidden))
+        logits = self._model.logits(last)
         token_ids, rows = self._sampler.sample(logits, slots, self._allowed(plan, masks))
         self.batch.append(slots, token_ids)
         drawn = Download(token_ids.to(torch.int32))
@@ -123,12 +127,12 @@ class ModelRunner:
             pooled=pooled(),
         )
 
-    def _forward(self, entries: Entries) -> Tensor:
-        """The last hidden state of each of the step's tokens, [T, hidden_size]."""
-        if self._mixed is not None and self._mixed.serves(entries):
-            return self._mixed.forward(entries)
+    def _forward(self, entries: Entries, rows: Int64Array) -> Tensor:
+        """The last hidden states of the step's tokens `rows` [R], [R, hidden_size]."""
+        if self._mixed is not None and self._mixed.serves(entries, rows):
+            return self._mixed.forward(entries, rows)
         with dependent_launches(entries.num_tokens <= DEPENDENT_LAUNCH_TOKENS):
-            return self._model.forward(self._inputs(entries))
+            return self._model.forward(self._inputs(entries, rows))
 
     def _decode(
         self,
@@ -174,7 +178,7 @@ class ModelRunner:
         allowed[unpack(plan.masked)] = unpack(given.bits).reshape(-1, allowed.shape[1])
         return upload(allowed, self._device)
 
-    def _inputs(self, entries: Entries) -> StepInput:
+    def _inputs(self, entries: Entries, rows: Int64Array) -> StepInput:
         token_ids, positions, slots = self.batch.inputs(entries)
         num_decodes, num_entries = entries.num_decodes, len(entries.slots)
         decodes = prefills = None
@@ -196,25 +200,21 @@ class ModelRunner:
             prefills=prefills,
             caches=self._cache.layers,
             cos_sin=self._cos_sin,
+            wanted=None if entries.are_all(rows) else upload(rows, self._device),
         )
 
-    def _last_rows(self, plan: StepPlan, entries: Entries, hidden: Tensor) -> Tensor:
-        """Hidden states [R, hidden_size] that tokens are drawn from: the last of each drawing sequence's entry."""
-        sources = unpack(plan.sample_entries)
-        if len(sources) == len(hidden) and np.array_equal(sources, np.arange(len(sources))):
-            return hidden
-        return hidden[upload(entries.offsets[1:][sources] - 1, self._device)]
+    def _with_prompt_logprobs(self, entries: Entries) -> Int64Array:
+        """The entries with tokens in front of a prompt token whose log-probability is wanted."""
+        wanted = self._state.flags[entries.slots] & PROMPT_LOGPROBS != 0
+        return np.flatnonzero(wanted & (entries.starts < self.batch.num_prompt[entries.slots] - 1))
 
     def _prompt_logprobs(
-        self, plan: StepPlan, entries: Entries, hidden: Tensor
+        self, plan: StepPlan, entries: Entries, with_prompts: Int64Array, hidden: Tensor
     ) -> Iterator[Callable[[], PromptLogprobs]]:
-        """Log-probabilities of the prompt tokens that follow the step's tokens, for the sequences that want them."""
-        flags = self._state.flags[entries.slots]
-        if not (flags & PROMPT_LOGPROBS).any():
-            return
+        """Log-probabilities of the prompt tokens that follow the tokens of these entries; hidden [T, hidden_size]."""
         seq_ids = unpack(plan.seq_ids)
         rows_at_once = max(1, PROMPT_LOGITS_BYTES // (4 * self._vocab_size))
-        for entry in np.flatnonzero(flags & PROMPT_LOGPROBS).tolist():
+        for entry in with_prompts.tolist():
             slot, first = int(entries.slots[entry]), int(entries.starts[entry])
             count = self._state.params[slot].prompt_logprobs
             assert count is not None
@@ -230,6 +230,11 @@ class ModelRunner:
 def ends_first(sizes: list[int]) -> list[int]:
     """Ascending sizes as the last, the first, then the others from the large ones down."""
     return list(dict.fromkeys([sizes[-1], sizes[0], *reversed(sizes)]))
+
+
+def _last_rows(plan: StepPlan, entries: Entries) -> Int64Array:
+    """The rows [R] that tokens are drawn from; where none are, one that is of no use: products have a row or more."""
+    return entries.last_rows(unpack(plan.sample_entries)) if plan.sample_seqs else np.zeros(1, np.int64)
 
 
 def _all_decode(plan: StepPlan) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.step import NewSequence, Pooled, StepPlan, unpack
+from engine.step import NewSequence, Pooled, StepPlan
 from engine.worker.batch import Batch, Entries, Int64Array
 from engine.worker.transfers import Download, upload
 
@@ -39,28 +39,32 @@ class Pooler:
         """Whether none of `slots` draws a token."""
         return bool(self._kinds[slots].all())
 
-    def pool(self, plan: StepPlan, entries: Entries, hidden: Tensor) -> Callable[[], list[Pooled]]:
-        """Take in a step's hidden states [T, hidden_size]: the vectors of the prompts that it ends.
+    def needs_all(self, entries: Entries) -> bool:
+        """Whether a mean is among these, which takes in every token's hidden state."""
+        return bool((self._kinds[entries.slots] == MEAN).any())
 
-        The result is a function to be called once the device has come this far.
+    def pool(self, plan: StepPlan, entries: Entries, hidden: Tensor, last: Tensor) -> Callable[[], list[Pooled]]:
+        """Take in a step's hidden states: the vectors of the prompts that it ends.
+
+        hidden [T, hidden_size] is read if `needs_all`; last [R, hidden_size] are those that tokens are drawn from. The
+        result is a function to be called once the device has come this far.
         """
         kinds = self._kinds[entries.slots]
         if not kinds.any():
             return list
-        if (kinds == MEAN).any():
+        if self.needs_all(entries):
             self._add_up(entries, np.flatnonzero(kinds == MEAN), hidden)
         slots = self._batch.sampled_slots(plan)
         samples = np.flatnonzero(self._kinds[slots])
         if not samples.size:
             return list
-        last_rows = entries.offsets[1:][unpack(plan.sample_entries)[samples]] - 1
-        vectors = hidden[upload(last_rows, hidden.device)].float()
+        vectors = last[upload(samples, last.device)].float()
         means = np.flatnonzero(self._kinds[slots[samples]] == MEAN)
         if means.size:
             assert self._sums is not None
             of = slots[samples[means]]
-            counts = upload(self._batch.num_prompt[of].astype(np.float32), hidden.device)
-            vectors[upload(means, hidden.device)] = self._sums[upload(of, hidden.device)] / counts[:, None]
+            counts = upload(self._batch.num_prompt[of].astype(np.float32), last.device)
+            vectors[upload(means, last.device)] = self._sums[upload(of, last.device)] / counts[:, None]
         pooled = Download(vectors)
 
         def finish() -> list[Pooled]:

@@ -40,6 +40,29 @@ def test_a_layer_is_its_definition() -> None:
     torch.testing.assert_close(stream.normed(norm), norm(x))
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_it_goes_on_with_the_rows_that_are_kept(joined: bool) -> None:
+    torch.manual_seed(0)
+    norm, gate_up, down = layers(Place(torch.device("cpu"), torch.float32, Solo()), 24, 40)
+    for weight in (norm.weight, gate_up.weight, down.weight):
+        weight.copy_(torch.randn(weight.shape) / 5)
+    x, rows = torch.randn(7, 24), torch.tensor([6, 2, 2])
+    stream, whole = ResidualStream(x), ResidualStream(x)
+    for part in (stream, whole):
+        part.add(down, part.into_gated(norm, gate_up))
+        inner = part.into_gated(norm, gate_up) if joined else torch.randn(7, 40, generator=torch.Generator())
+        if not joined:
+            part.normed(norm)
+        if part is stream:
+            part.keep(rows)
+            inner = inner[rows]
+        part.add(down, inner)
+    torch.testing.assert_close(stream.normed(norm), whole.normed(norm)[rows])
+    stream.add(down, torch.randn(3, 40))
+    with pytest.raises(AssertionError, match="waits to be added"):
+        stream.keep(rows[:1])
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The CUDA kernels that tensors on the device "meta" would launch on an H200."""

@@ -65,7 +65,10 @@ def test_a_start_is_rehearsed(tmp_path: Path, ranks: int) -> None:
     assert "_gather_kernel" in said  # of the decode graphs
     assert ("_gemv_kernel" in said) and "failed" not in said
     eager = Task(config.replace(enforce_eager=True), model_config, tmp_path / "eager", time.time(), ((9, 0), 132), 0)
-    assert "_gather_kernel" not in met(eager, tmp_path)
+    said = met(eager, tmp_path)
+    assert "_gather_kernel" not in said
+    # Of a single row: its logits, and behind the last layer's attention o_proj, gate and up, and down.
+    assert "_gemv_kernel 4" in said
 
 
 def test_a_cpu_needs_no_preparation(tmp_path: Path) -> None:
