@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import select
 import socket
 import struct
 import threading
@@ -117,9 +118,12 @@ class Connection:
         with self._send_lock:
             self._sock.sendall(frame(payload))
 
-    def receive(self) -> bytes | None:
-        """The next frame; None when the peer is gone."""
+    def receive(self, timeout_s: float | None = None) -> bytes | None:
+        """The next frame; None when the peer is gone. Raises TimeoutError when none has begun to come for timeout_s."""
         while (payload := self._buffer.take()) is None:
+            if timeout_s is not None and not self._readable(timeout_s):
+                raise TimeoutError
+            timeout_s = None
             try:
                 data = self._sock.recv(READ_BYTES)
             except OSError:
@@ -128,6 +132,14 @@ class Connection:
                 return None
             self._buffer.feed(data)
         return payload
+
+    def _readable(self, timeout_s: float) -> bool:
+        """Whether there is something to read, be it the end, within the time."""
+        with contextlib.suppress(ValueError):  # closed here
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            return bool(poll.poll(timeout_s * 1000))
+        return True
 
     def close(self) -> None:
         """Close both ways; a blocked `receive` returns None. Idempotent."""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -16,6 +16,8 @@ from cluster.worker_actor import MantaWorker, RankWorker
 from engine.config import EngineConfig
 from engine.executor import CacheCapacity
 from engine.step import StepMasks, StepPlan, StepResult, pack
+
+Received = TypeVar("Received")
 
 
 class IdleStep:
@@ -41,6 +43,11 @@ class IdleWorker:
 
     def allocate(self, capacity: CacheCapacity) -> None:
         pass
+
+    unrecorded = 0
+
+    def await_plan(self, receive: Callable[[float | None], Received]) -> Received:
+        return receive(None)
 
     def reset(self, epoch: int) -> None:
         pass

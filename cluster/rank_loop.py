@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -20,6 +20,8 @@ from engine.errors import ExecutorDied
 from engine.step import StepMasks, StepPlan, StepResult, decode_masks, decode_plan, encode, unpack
 
 logger = logging.getLogger(__name__)
+
+Received = TypeVar("Received")
 
 RESULT = b"R"
 FAULT = b"F"
@@ -43,6 +45,15 @@ class StepWorker(Protocol):
 
     def submit(self, plan: StepPlan, masks: Callable[[], StepMasks] | None = None) -> PendingStep:
         """Hand a plan to the device, behind those before it; `masks` blocks until those of a masked plan are there."""
+        ...
+
+    @property
+    def unrecorded(self) -> int:
+        """How many CUDA graphs await_plan has yet to record."""
+        ...
+
+    def await_plan(self, receive: Callable[[float | None], Received]) -> Received:
+        """What `receive` gives, which raises TimeoutError after the seconds it gets; the time until then is used."""
         ...
 
     def reset(self, epoch: int) -> None:
@@ -70,7 +81,9 @@ class Progress(msgspec.Struct, frozen=True):
     awaits_driver: bool = False
     """The thread waits for the masks of its plan."""
     preparing: bool = False
-    """A plan is not on the device yet, while the thread or a child process works for it: kernels are compiled."""
+    """The thread awaits no plan but works, or a child process does for it: kernels are compiled, graphs recorded."""
+    unrecorded: int = 0
+    """CUDA graphs that will be recorded while no plan comes."""
 
 
 class RankLoop:
@@ -95,7 +108,7 @@ class RankLoop:
         self._thread = 0
         self._clock: int | None = None
         """The CPU clock of the thread that runs plans, while it does."""
-        self._submitting = self._awaiting = False
+        self._receiving = self._awaiting = False
         self._running: queue.SimpleQueue[tuple[int, PendingStep] | None] = queue.SimpleQueue()
         self._submitted = 0
         self._done = 0
@@ -122,7 +135,8 @@ class RankLoop:
             process_s=time.process_time(),
             runs=works,
             awaits_driver=self._awaiting,
-            preparing=self._submitting and (works or has_children(os.getpid())),
+            preparing=clock is not None and not self._receiving and (works or has_children(os.getpid())),
+            unrecorded=self._worker.unrecorded,
         )
 
     def run(self) -> str:
@@ -141,7 +155,7 @@ class RankLoop:
         reason = "the link was closed"
         epoch, step = None, 0
         try:
-            while not self._faulty.is_set() and (payload := self._receive()) is not None:
+            while not self._faulty.is_set() and (payload := self._worker.await_plan(self._receive)) is not None:
                 plan = decode_plan(payload)
                 if epoch is None:
                     self._worker.reset(plan.epoch)
@@ -152,9 +166,7 @@ class RankLoop:
                     self._since_s = time.monotonic()
                 self._submitted += 1
                 self._log(plan)
-                self._submitting = True
                 pending = self._worker.submit(plan, self._await_masks)
-                self._submitting = False
                 if pending.done and self._submitted == self._done + 1:
                     self._finish(pending)  # no device to wait for: spare the other thread
                 else:
@@ -170,12 +182,17 @@ class RankLoop:
             self.at = (epoch or 0, step)
         return reason
 
-    def _receive(self) -> bytes | None:
+    def _receive(self, timeout_s: float | None = None) -> bytes | None:
+        self._receiving = True
         try:
-            return self._link.receive()
+            return self._link.receive(timeout_s)
+        except TimeoutError:
+            raise
         except OSError as error:
             logger.warning("rank %d: the driver is gone: %s", self._rank, error)
             return None
+        finally:
+            self._receiving = False
 
     def _await_masks(self) -> StepMasks:
         """The masks of the plan just received: they come behind it, before any other plan."""

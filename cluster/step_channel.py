@@ -55,8 +55,11 @@ class StepChannel(Protocol):
 class RankLink(Protocol):
     """A rank's end."""
 
-    def receive(self) -> bytes | None:
-        """The next payload; None when the channel is closed or the driver is gone. Blocks."""
+    def receive(self, timeout_s: float | None = None) -> bytes | None:
+        """The next payload; None when the channel is closed or the driver is gone. Blocks.
+
+        Raises TimeoutError when none came for timeout_s.
+        """
         ...
 
     def send(self, payload: bytes) -> None:
@@ -186,8 +189,11 @@ class QueueLink:
         """The driver's call; blocks. None when the link is closed."""
         return self._answers.get()
 
-    def receive(self) -> bytes | None:
-        return self._plans.get()
+    def receive(self, timeout_s: float | None = None) -> bytes | None:
+        try:
+            return self._plans.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError from None
 
     def send(self, payload: bytes) -> None:
         self._answers.put(payload)

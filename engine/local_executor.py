@@ -53,6 +53,11 @@ class LocalExecutor:
     def send_masks(self, masks: StepMasks) -> None:
         self._masks.put(masks)
 
+    @property
+    def unrecorded(self) -> int:
+        """How many CUDA graphs will be recorded while no plan comes."""
+        return self._worker.unrecorded
+
     def check(self) -> None:
         if self._fault is not None:
             raise self._fault
@@ -94,8 +99,14 @@ class LocalExecutor:
             raise ExecutorDied("the executor was stopped while a step waited for its masks")
         return masks
 
+    def _receive(self, timeout_s: float | None) -> _Job | None:
+        try:
+            return self._plans.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError from None
+
     def _run_plans(self) -> None:
-        while (job := self._plans.get()) is not None:
+        while (job := self._worker.await_plan(self._receive)) is not None:
             plan, future = job
             if self._fault is not None:
                 future.set_exception(self._fault)

@@ -30,6 +30,10 @@ from scripts.bench_gpu_engines import ENGINES, Run
 from scripts.bench_report import Row, host_kind, merge, versions
 from scripts.model_shapes import SHAPES, model_folder
 
+RECORDING_LIMIT_S = 30.0
+"""An engine is not left alone for longer before the first case."""
+LOOK_EVERY_S = 0.1
+
 
 @dataclass
 class Report:
@@ -104,12 +108,22 @@ def run_case(name: str, engine: str, run: Run, vocab_size: int, report: Report, 
     report.add(name, engine, case.measure(workload_, timeline), case.unit, note)
 
 
-def warm_up(run: Run, vocab_size: int) -> float:
-    """Batches of every size, so that what is compiled or recorded once is not in the figures. Seconds it took."""
+def warm_up(run: Run, vocab_size: int) -> str:
+    """Batches of every size, so that what is compiled or recorded once is not in the figures. Says how long it took."""
     began_s = time.perf_counter()
     for params in ({}, SAMPLED):
         run(list(make_requests("warm-up", workload.chat(290, vocab_size, seed=99, hi=80), params)))
-    return time.perf_counter() - began_s
+    return f"{time.perf_counter() - began_s:.1f} s, {await_recordings(run)}"
+
+
+def await_recordings(run: Run) -> str:
+    """Leave the engine alone until it has recorded its CUDA graphs. Says how long that took."""
+    began_s = time.perf_counter()
+    left = before = run.unrecorded()
+    while left and time.perf_counter() - began_s < RECORDING_LIMIT_S:
+        time.sleep(LOOK_EVERY_S)
+        left = run.unrecorded()
+    return f"{before - left} of {before} graphs then recorded in {time.perf_counter() - began_s:.1f} s"
 
 
 @dataclass
@@ -198,8 +212,8 @@ def main(argv: list[str]) -> int:
         compiled.watch()
     for engine in args.engines:
         with ENGINES[engine](config, model_config, partial(report.start, engine)) as run:
-            seconds = warm_up(run, model_config.vocab_size)
-            print(f"warm-up: {seconds:.1f} s, {compiled.since(0)}", flush=True)
+            took = warm_up(run, model_config.vocab_size)
+            print(f"warm-up: {took}, {compiled.since(0)}", flush=True)
             for case in args.cases:
                 if time.perf_counter() - began_s > args.limit_s:
                     print(f"{case}: left out, the time is up", flush=True)

@@ -7,8 +7,9 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from engine.config import EngineConfig
 from engine.model_config import ModelConfig
@@ -21,10 +22,16 @@ Started = Callable[[float, str], None]
 """Told how many seconds a start took, and where they went."""
 
 
-class Run(Protocol):
+@dataclass(frozen=True)
+class Run:
     """Runs requests to their end. `at_step` is called before each step, where the steps are taken here."""
 
-    def __call__(self, requests: list[Request], at_step: Callable[[int], None] | None = None) -> Timeline: ...
+    drive: Callable[[list[Request], Callable[[int], None] | None], Timeline]
+    unrecorded: Callable[[], int]
+    """How many CUDA graphs the engine has yet to record while it is left alone."""
+
+    def __call__(self, requests: list[Request], at_step: Callable[[int], None] | None = None) -> Timeline:
+        return self.drive(requests, at_step)
 
 
 @contextmanager
@@ -45,7 +52,7 @@ def offline(config: EngineConfig, model_config: ModelConfig, started: Started) -
     engine.start()
     started(time.perf_counter() - began_s, "")
 
-    def run(requests: list[Request], at_step: Callable[[int], None] | None = None) -> Timeline:
+    def drive(requests: list[Request], at_step: Callable[[int], None] | None) -> Timeline:
         timeline = Timeline(time.perf_counter())
         for request in requests:
             engine.add_request(request)
@@ -56,7 +63,8 @@ def offline(config: EngineConfig, model_config: ModelConfig, started: Started) -
         return timeline
 
     try:
-        yield run
+        # Several ranks have recorded all before they are ready.
+        yield Run(drive, lambda: executor.unrecorded if config.tensor_parallel_size == 1 else 0)
     finally:
         engine.shutdown()
 
@@ -79,7 +87,8 @@ def through_ray(config: EngineConfig, model_config: ModelConfig, started: Starte
         ray.init(address="local", include_dashboard=False, log_to_driver=True, logging_level="WARNING")
     log.part("Ray")
     group = ray.util.placement_group(bundles(config))  # as a replica of Serve has one
-    driver = start_driver(config, model_config, name=f"bench-{Path(model_config.folder).name}", placement_group=group)
+    name = f"bench-{Path(model_config.folder).name}"
+    driver = start_driver(config, model_config, name=name, placement_group=group)
     log.part("driver and ranks")
     started(time.perf_counter() - began_s, str(log))
 
@@ -101,7 +110,10 @@ def through_ray(config: EngineConfig, model_config: ModelConfig, started: Starte
         return timeline
 
     try:
-        yield lambda requests, _=None: asyncio.run(drive(requests))
+        rank = ray.get_actor(f"manta:{name}:rank0")
+        yield Run(
+            lambda requests, _: asyncio.run(drive(requests)), lambda: int(ray.get(rank.progress.remote()).unrecorded)
+        )
     finally:
         stop_driver(driver)
         ray.util.remove_placement_group(group)

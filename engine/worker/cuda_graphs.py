@@ -8,7 +8,8 @@ On a CPU the same functions run as they are: that is how they are tested.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from engine.layers.attention import Runs, StepInput
 from engine.models.base import Model
 from engine.worker.batch import Batch, Int64Array
-from engine.worker.recorder import Recorder
+from engine.worker.recorder import Recorder, Recording
 from engine.worker.sampling_state import FILTER, RANDOM, Rows, SamplingState
 from engine.worker.transfers import pinned
 from kernels.decode_inputs import DecodeInputs, append_tokens, gather_inputs
@@ -79,12 +80,10 @@ class DecodeGraphs:
         self._draws: dict[tuple[int, Draw], Callable[[], None]] = {}
         self._recorder = recorder
 
-    def record(self, size: int) -> None:
-        """Record the graphs of one of `sizes`, with greedy and filtered draws."""
-        self._use(size)
-        for draw in ("greedy", "filtered"):
-            if (size, draw) not in self._draws:
-                self._draw_of(size, draw)
+    def recordings(self, size: int) -> list[Recording]:
+        """The graphs of one of `sizes`, in the order in which they must be recorded."""
+        draws = [Recording(f"{size} {kind} draws", partial(self._draw_of, size, kind)) for kind in get_args(Draw)]
+        return [Recording(f"{size} decodes", partial(self._forward_of, size)), *draws]
 
     def forward(self, slots: Int64Array, positions: Int64Array) -> Tensor:
         """Compute one token each of `slots`, at `positions`; logits [len(slots), vocab], overwritten by the next
@@ -93,7 +92,8 @@ class DecodeGraphs:
         self._count = len(slots)
         size = next(size for size in self.sizes if size >= self._count)
         rows = self._state.rows(slots)
-        self._use(size)
+        self._size = size
+        self._forward_of(size)
         if (
             self._sent is not rows
             or not (self._slots is slots or np.array_equal(self._slots, slots))
@@ -152,9 +152,8 @@ class DecodeGraphs:
         self._table.copy_(pinned(host) if self._table.is_cuda else host, non_blocking=True)
         self._slots, self._positions, self._sent = slots, positions.copy(), rows
 
-    def _use(self, size: int) -> None:
-        """Make `size` the padded size of this step."""
-        self._size = size
+    def _forward_of(self, size: int) -> None:
+        """Record how a batch of `size` rows is computed, unless it is recorded."""
         if size in self._forwards:
             return
         inputs = self._inputs
@@ -193,7 +192,9 @@ class DecodeGraphs:
         self._forwards[size], self._logits[size] = self._recorder.record(forward)
 
     def _draw_of(self, size: int, kind: Draw) -> None:
-        """Record how tokens of a batch of `size` rows are drawn."""
+        """Record how tokens of a batch of `size` rows are drawn, unless it is recorded."""
+        if (size, kind) in self._draws:
+            return
         table = self._table
         floats = table.view(torch.float32)
         filtered = kind == "filtered"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from engine.worker.kv_cache import KvCache
 from engine.worker.mixed_graphs import DEPENDENT_LAUNCH_TOKENS, MixedGraphs
 from engine.worker.pooling import Pooler
 from engine.worker.recorder import Recorder
+from engine.worker.recordings import Recordings, all_recordings
 from engine.worker.sampler import Sampler, prompt_logprobs, sampled_logprobs
 from engine.worker.sampling_state import PROMPT_LOGPROBS, SamplingState
 from engine.worker.transfers import Download, upload
@@ -61,25 +60,22 @@ class ModelRunner:
         self._pooler = Pooler(self.batch, model_config.hidden_size)
         self._graphs: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
+        self.recordings = Recordings()
+        """What a step may find recorded, for whoever has time."""
         if graphs:
             recorder, shared = Recorder(device), (cache.layers, self._cos_sin)
             self._graphs = DecodeGraphs(model, self.batch, self._state, *shared, recorder)
             self._mixed = MixedGraphs(model, self.batch, config.max_num_batched_tokens, *shared, recorder)
+            self.recordings = Recordings(all_recordings(self._mixed, self._graphs))
 
-    @torch.inference_mode()
     def prepare(self, limit_s: float = float("inf")) -> None:
         """Record CUDA graphs, the largest and the smallest first; begin none after limit_s.
 
-        The others are recorded when they are first needed. With several ranks the limit must be none: all record alike.
+        The others are recorded when they are first needed, or by `recordings` ahead of it. With several ranks the
+        limit must be none: all record alike.
         """
-        if self._graphs is None or self._mixed is None or self._device.type != "cuda":
-            return
-        began_s = perf_counter()
-        for mixed_size, size in zip_longest(ends_first(self._mixed.sizes), ends_first(self._graphs.sizes)):
-            if mixed_size is not None and perf_counter() - began_s < limit_s:
-                self._mixed.record(mixed_size)
-            if size is not None and perf_counter() - began_s < limit_s:
-                self._graphs.record(size)
+        if self._device.type == "cuda":
+            self.recordings.record_for(limit_s)
 
     def clear(self) -> None:
         """Forget every sequence."""
@@ -225,11 +221,6 @@ class ModelRunner:
                 logits = self._model.logits(hidden[row + start - first : row + end - first])
                 following = self.batch.tokens[slot, start + 1 : end + 1]
                 yield prompt_logprobs(logits, following, int(seq_ids[entry]), start + 1, count)
-
-
-def ends_first(sizes: list[int]) -> list[int]:
-    """Ascending sizes as the last, the first, then the others from the large ones down."""
-    return list(dict.fromkeys([sizes[-1], sizes[0], *reversed(sizes)]))
 
 
 def _last_rows(plan: StepPlan, entries: Entries) -> Int64Array:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Recording(NamedTuple):
+    """A graph that may be recorded before a step needs it."""
+
+    what: str
+    record: Callable[[], None]
+    """Records it, unless it is recorded."""
 
 
 class Recorder:
@@ -21,25 +30,30 @@ class Recorder:
         self._stream = torch.cuda.Stream(device) if self._is_cuda else None
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Run it once, so that every kernel is compiled, then record it. Returns (replay, what run returned)."""
+        """Run it once, so that every kernel is compiled, then record it. Returns (replay, what run returned).
+
+        Both come after what is queued, and what is queued later comes after them, also when an error is raised.
+        """
         if self._stream is None:
             return _repeat(run)
         self._stream.wait_stream(torch.cuda.current_stream())
         collecting = gc.isenabled()
-        with torch.cuda.stream(self._stream):
-            run()
-            graph = torch.cuda.CUDAGraph()
-            gc.disable()  # freeing a tensor of an older graph would end the recording
-            try:
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.stream(self._stream):
+                run()
+                graph = torch.cuda.CUDAGraph()
+                gc.disable()  # freeing a tensor of an older graph would end the recording
                 try:
-                    result = run()
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                    try:
+                        result = run()
+                    finally:
+                        graph.capture_end()
                 finally:
-                    graph.capture_end()
-            finally:
-                if collecting:
-                    gc.enable()
-        torch.cuda.current_stream().wait_stream(self._stream)
+                    if collecting:
+                        gc.enable()
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
         return graph.replay, result
 
 

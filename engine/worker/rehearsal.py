@@ -13,7 +13,6 @@ import os
 import pickle
 import sys
 import time
-from itertools import zip_longest
 from types import ModuleType
 from typing import Any
 
@@ -37,8 +36,9 @@ from engine.worker.cuda_graphs import DecodeGraphs
 from engine.worker.kv_cache import KvCache
 from engine.worker.largest_step import largest_step
 from engine.worker.mixed_graphs import MixedGraphs
-from engine.worker.model_runner import ModelRunner, ends_first
+from engine.worker.model_runner import ModelRunner
 from engine.worker.recorder import Recorder
+from engine.worker.recordings import Recordings, all_recordings
 from engine.worker.rehearsal_task import Task
 from engine.worker.sampling_state import SamplingState
 from kernels.launch import Chip
@@ -128,18 +128,14 @@ def _rehearse_rank(config: EngineConfig, model_config: ModelConfig, communicator
 
 
 def _record(config: EngineConfig, model_config: ModelConfig, model: Model, cache: KvCache) -> None:
-    """What Worker.allocate records, in its order."""
+    """What a rank records, in its order."""
     cos_sin = cos_sin_table(model_config.rope, model_config.head_dim, config.model_len + 1, META)
     batch = Batch(config.max_num_seqs, config.model_len, config.block_size, META)
     state = SamplingState(batch, config.max_num_seqs, model_config.vocab_size, model_config.eos_token_ids)
     shared = (cache.layers, cos_sin, Recorder(META))
     decodes = DecodeGraphs(model, batch, state, *shared)
     mixed = MixedGraphs(model, batch, config.max_num_batched_tokens, *shared)
-    for mixed_size, size in zip_longest(ends_first(mixed.sizes), ends_first(decodes.sizes)):
-        if mixed_size is not None:
-            mixed.record(mixed_size)
-        if size is not None:
-            decodes.record(size)
+    Recordings(all_recordings(mixed, decodes)).record_for(float("inf"))
 
 
 def _prompts(config: EngineConfig, runner: ModelRunner, params: SamplingParams, count: int) -> None:

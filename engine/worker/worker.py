@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -27,8 +29,10 @@ from engine.worker.tracing import make_tracer
 
 logger = logging.getLogger(__name__)
 
+Received = TypeVar("Received")
+
 PREPARE_S = 1.0
-"""A start begins to record no graph after this; the others are recorded when they are needed, 50 ms each."""
+"""A start begins to record no graph after this; the others are while no plan comes, or when they are needed."""
 
 
 class Worker:
@@ -47,6 +51,7 @@ class Worker:
         self._tracer = make_tracer(rank) if config.device == "cuda" else None
         self._epoch = 0
         self._next_step = 0
+        self._last: PendingStep | None = None
 
     def load(self, *, progress: bool = False) -> None:
         """Make this rank's share of the model and fill it. Raises ModelLoadError or ConfigError."""
@@ -102,7 +107,29 @@ class Worker:
             self._tracer.before(plan)
         timer = self._backend.timer()
         finish = self._runner.run(plan, masks)
-        return timer.pending(finish if self.rank == 0 else None)
+        self._last = timer.pending(finish if self.rank == 0 else None)
+        return self._last
+
+    @property
+    def unrecorded(self) -> int:
+        """How many CUDA graphs `await_plan` has yet to record. Several ranks have recorded all alike."""
+        return len(self._runner.recordings) if self._runner is not None and self._communicator.size == 1 else 0
+
+    def await_plan(self, receive: Callable[[float | None], Received]) -> Received:
+        """What `receive` gives, called on this thread; what is left of the CUDA graphs is recorded while it waits.
+
+        `receive` gets the seconds after which it raises TimeoutError; None: never. What comes waits for one graph at
+        most.
+        """
+        if self._runner is None or not self.unrecorded:
+            return receive(None)
+        return self._runner.recordings.record_while_waiting(receive, self._is_idle)
+
+    def _is_idle(self) -> bool:
+        """Whether the device has done all that it was given."""
+        with contextlib.suppress(Exception):  # a device that is lost says so to whoever waits for its step
+            return self._last is None or self._last.done
+        return False
 
     def _largest_step(self) -> None:
         """Compute as large a step as a plan may ask for, over a cache of one block that nothing is written to."""

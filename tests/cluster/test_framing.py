@@ -56,3 +56,24 @@ def test_connection_carries_large_messages_both_ways_and_ends_with_none():
     assert not thread.is_alive()
     with pytest.raises(OSError, match=r"."):
         left.send(b"late")
+
+
+def test_receive_waits_for_as_long_as_it_is_told():
+    left, right = map(Connection, socket.socketpair())
+    for timeout_s in (0, 0.01):
+        with pytest.raises(TimeoutError):
+            left.receive(timeout_s)
+    right.send(b"one")
+    right.send(b"two")
+    assert [left.receive(60), left.receive(0)] == [b"one", b"two"]
+    # What has begun to come is waited for.
+    whole = frame(b"three" * 1000)
+    right._sock.sendall(whole[:7])
+    thread = threading.Timer(0.05, right._sock.sendall, [whole[7:]])
+    thread.start()
+    assert left.receive(0) == b"three" * 1000
+    thread.join(60)
+    right.close()
+    assert left.receive(0) is None
+    left.close()
+    assert left.receive(0) is None

@@ -1,10 +1,20 @@
+import socket
 import threading
+import time
 
 import pytest
 
+from cluster.framing import Connection
 from cluster.rank_loop import FAULT, RESULT, RankLoop, decode_fault
 from cluster.step_channel import QueueLink
-from engine.step import StepPlan, StepResult, decode_result, encode
+from engine.parallel.communicator import Solo
+from engine.sampling_params import SamplingParams
+from engine.step import NewSequence, StepPlan, StepResult, decode_plan, decode_result, encode, pack, unpack
+from engine.worker.backend import CpuBackend
+from engine.worker.recordings import Recordings
+from engine.worker.worker import Worker
+from tests.checkpoints import make_checkpoint
+from tests.ranks import resolved
 
 
 class GateStep:
@@ -32,6 +42,11 @@ class GateWorker:
         self.epochs, self.plans, self.gates = [], [], []
         self.submit_errors, self.wait_errors = {}, {}
         self.submitted = threading.Semaphore(0)
+
+    unrecorded = 0
+
+    def await_plan(self, receive):
+        return receive(None)
 
     def reset(self, epoch):
         self.epochs.append(epoch)
@@ -150,3 +165,79 @@ def test_a_gap_in_the_plans_is_a_fault(run):
     assert result_of(link.take_answer()).step == 0
     assert "plan 0:2 at 0:1" in decode_fault(link.take_answer()[1:]).error
     assert "plan 0:2 at 0:1" in join()
+
+
+def plan_bytes(step):
+    """A prompt, then a token a step."""
+    one = {"seq_ids": pack([0]), "sample_seqs": pack([0]), "sample_entries": pack([0])}
+    if step:
+        return encode(StepPlan(0, step, num_tokens=pack([1]), num_decodes=1, block_counts=pack([0]), **one))
+    new = NewSequence(0, "r0", pack([5, 7, 9]), 3, 0, b"", SamplingParams(temperature=0.0), 0)
+    return encode(StepPlan(0, 0, new=[new], num_tokens=pack([3]), block_counts=pack([1]), block_ids=pack([7]), **one))
+
+
+@pytest.fixture(params=["socket", "queue"])
+def ends(request):
+    """A link; how its driver sends a plan, ends it, and takes an answer."""
+    if request.param == "queue":
+        link = QueueLink()
+        yield link, link.push_plan, lambda: link.push_plan(None), link.take_answer
+    else:
+        link, driver = map(Connection, socket.socketpair())
+        yield link, driver.send, driver.close, driver.receive
+        driver.close()
+    link.close()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_graphs_are_recorded_while_no_plan_comes(tmp_path, monkeypatch, ends, graphs):
+    """And between the steps of a sequence; the rank says that it is at work, and what comes is served."""
+    make_checkpoint(tmp_path)
+    go, entered = threading.Semaphore(0), threading.Semaphore(0)
+    record_next = Recordings.record_next
+
+    def held(recordings):
+        entered.release()
+        while not go.acquire(blocking=False):
+            pass  # a recording keeps its thread busy
+        return record_next(recordings)
+
+    monkeypatch.setattr(CpuBackend, "graphs", graphs)
+    monkeypatch.setattr(Recordings, "record_next", held)
+    worker = Worker(*resolved(tmp_path), 0, Solo())
+    worker.load()
+    worker.allocate(worker.measure())
+    total = worker.unrecorded
+    assert (total > 10) == graphs
+    link, send, end, take = ends
+    loop, reasons = RankLoop(worker, link, 0), []
+    thread = threading.Thread(target=lambda: reasons.append(loop.run()), daemon=True)
+    thread.start()
+    tokens = []
+    for step in range(8):
+        if graphs:
+            assert entered.acquire(timeout=60)
+            progress = loop.progress
+            assert (progress.submitted, progress.done, progress.busy_s) == (step, step, 0.0)
+            assert progress.unrecorded == total - step
+            deadline_s = time.monotonic() + 60
+            while not loop.progress.preparing:  # at times the thread waits for the interpreter
+                assert time.monotonic() < deadline_s
+        send(plan_bytes(step))
+        go.release()
+        tokens += unpack(result_of(take()).token_ids).tolist()
+    for _ in range(total - 8):
+        assert entered.acquire(timeout=60)
+        go.release()
+    end()
+    thread.join(60)
+    assert reasons == ["the link was closed"]
+    assert loop.progress.unrecorded == 0 and not loop.progress.preparing
+    worker.close()
+    monkeypatch.setattr(CpuBackend, "graphs", False)
+    plain = Worker(*resolved(tmp_path), 0, Solo())
+    plain.load()
+    plain.allocate(plain.measure())
+    wanted = [plain.submit(decode_plan(plan_bytes(step))).wait() for step in range(8)]
+    assert tokens == [unpack(result.token_ids)[0] for result in wanted]
+    plain.close()

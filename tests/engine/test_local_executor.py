@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ from engine.errors import ConfigError, ExecutorDied, ModelLoadError
 from engine.local_executor import LocalExecutor
 from engine.sampling_params import SamplingParams
 from engine.step import NewSequence, StepPlan, pack, unpack
+from engine.worker.backend import CpuBackend
+from engine.worker.recordings import Recordings
 from tests.checkpoints import make_checkpoint
 from tests.ranks import Ranks, resolved
 
@@ -117,3 +119,95 @@ def test_it_is_one_rank(folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         LocalExecutor(*resolved(folder, tensor_parallel_size=2))
     assert caught.value.key == "tensor_parallel_size"
+
+
+class Gate:
+    """Lets the graphs of a rank that records on a CPU be recorded when the test says so."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._entered, self._permits = threading.Semaphore(0), threading.Semaphore(0)
+        self.recorded = 0
+        record_next = Recordings.record_next
+
+        def held(recordings: Recordings) -> bool:
+            self._entered.release()
+            assert self._permits.acquire(timeout=250)
+            left = record_next(recordings)
+            self.recorded += 1
+            return left
+
+        patch.setattr(CpuBackend, "graphs", True)
+        patch.setattr(Recordings, "record_next", held)
+
+    def wait(self) -> None:
+        """Until a recording is under way."""
+        assert self._entered.acquire(timeout=250)
+
+    def let(self, count: int) -> None:
+        """Let so many go on."""
+        self._permits.release(count)
+
+
+def during(gate: Gate, executor: LocalExecutor, end: Callable[[], object]) -> None:
+    """Call `end` in the middle of a recording, which is let go on once its thread is told to end."""
+    thread = threading.Thread(target=end)
+    thread.start()
+    while executor._plans.empty():
+        assert thread.is_alive()
+    gate.let(1)
+    thread.join(250)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+def test_a_plan_waits_for_one_recording_at_most(executor: LocalExecutor, folder: Path, gate: Gate) -> None:
+    wanted = tokens(executor, 0)
+    recording = LocalExecutor(*resolved(folder))
+    recording.start()
+    total = recording.unrecorded
+    assert total > 10
+    gate.wait()
+    futures = [recording.submit(plan) for plan in plans(0, 4)]
+    gate.let(1)
+    found = [int(unpack(future.result(timeout=250).token_ids)[0]) for future in futures]
+    assert gate.recorded == 1 and recording.unrecorded == total - 1
+    gate.wait()  # in the middle of the sequence
+    gate.let(1)
+    gate.wait()
+    futures = [recording.submit(plan) for plan in plans(0, 8)[4:]]
+    gate.let(1)
+    found += [int(unpack(future.result(timeout=250).token_ids)[0]) for future in futures]
+    assert found == wanted and gate.recorded == 3
+    gate.let(1000)
+    for _ in range(total - 3):
+        gate.wait()
+    recording.shutdown()
+    assert gate.recorded == total and recording.unrecorded == 0
+
+
+def test_a_shutdown_waits_for_one_recording_at_most(folder: Path, gate: Gate) -> None:
+    executor = LocalExecutor(*resolved(folder))
+    executor.start()
+    gate.wait()
+    during(gate, executor, executor.shutdown)
+    assert gate.recorded == 1
+
+
+def test_a_restart_goes_on_recording(executor: LocalExecutor, folder: Path, gate: Gate) -> None:
+    wanted = tokens(executor, 0)
+    recording = LocalExecutor(*resolved(folder))
+    recording.start()
+    total = recording.unrecorded
+    gate.wait()
+    during(gate, recording, recording.restart)
+    assert gate.recorded == 1
+    gate.let(1000)
+    assert tokens(recording, 1) == wanted
+    for _ in range(total - 1):
+        gate.wait()
+    recording.shutdown()
+    assert gate.recorded == total
