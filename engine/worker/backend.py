@@ -50,6 +50,10 @@ class Backend(Protocol):
         """Memory the KV cache may take, measured once the weights are loaded. Raises ConfigError if there is none."""
         ...
 
+    def has_room(self) -> bool:
+        """Whether more memory is free than the largest step takes, as kv_cache_bytes measured it."""
+        ...
+
     def timer(self) -> Timer:
         """Begin to time a step, on the thread that queues it."""
         ...
@@ -74,6 +78,9 @@ class CpuBackend:
     def kv_cache_bytes(self, largest_step: Callable[[], None]) -> int:  # noqa: ARG002 - a CPU's memory can be shared
         """The configured size, at most half of the memory that is free, shared by the ranks of this machine."""
         return min(self._limit, free_memory_bytes() // 2 // self._ranks)
+
+    def has_room(self) -> bool:
+        return True
 
     def timer(self) -> Timer:
         return _CpuTimer()
@@ -119,6 +126,7 @@ class CudaBackend:
         self.graphs = not config.enforce_eager
         self._share = config.gpu_memory_utilization
         self._last: _QueuedStep | None = None
+        self._largest_step_bytes = 0
         # float32 means float32: no TF32 in matrix products.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -136,7 +144,7 @@ class CudaBackend:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         held = torch.cuda.memory_reserved(self.device)
-        activations = peak - torch.cuda.memory_allocated(self.device)
+        activations = self._largest_step_bytes = peak - torch.cuda.memory_allocated(self.device)
         extra = activations + GRAPH_BYTES if self.graphs else activations
         allowed = min(int(total * self._share) - held - CONTEXT_BYTES, free) - extra
         if allowed <= 0:
@@ -148,6 +156,10 @@ class CudaBackend:
                 "lower max_num_batched_tokens, or use more GPUs (tensor_parallel_size)",
             )
         return allowed
+
+    def has_room(self) -> bool:
+        """What torch has taken from the device and does not use is not counted: pieces of it may be too small."""
+        return torch.cuda.mem_get_info(self.device)[0] > self._largest_step_bytes
 
     def timer(self) -> Timer:
         return _CudaTimer(self)

@@ -54,12 +54,16 @@ class Recordings:
             self.record_next()
 
     def record_while_waiting(
-        self, receive: Callable[[float | None], Received], is_idle: Callable[[], bool]
+        self,
+        receive: Callable[[float | None], Received],
+        is_idle: Callable[[], bool],
+        has_room: Callable[[], bool],
     ) -> Received:
         """What `receive` gives; graphs are recorded, one at a time, while that lets wait and the device is idle.
 
         `receive` gets the seconds after which it raises TimeoutError, None once nothing is left to record. What fails
-        to be recorded is logged, and no other is recorded ahead: the step that needs it will try again, and fail.
+        to be recorded, or would leave the largest step too little memory, is logged, and no other is recorded ahead:
+        the step that needs it will try again.
         """
         wait_s = IDLE_S
         while self._left:
@@ -69,14 +73,16 @@ class Recordings:
             except TimeoutError:
                 pass
             if idle:
-                self._record_ahead()
+                self._record_ahead(has_room)
                 wait_s = 0.0
         return receive(None)
 
-    def _record_ahead(self) -> None:
+    def _record_ahead(self, has_room: Callable[[], bool]) -> None:
         """Record one graph; leave all to the steps that need them if it fails."""
         began_s, what = perf_counter(), self._left[0].what
         try:
+            if not has_room():
+                raise MemoryError("no more is free than the largest step may take")
             left = self.record_next()
         except Exception as error:
             text = "the CUDA graph of %s cannot be recorded ahead, %d are left to the steps that need them: %s: %s"

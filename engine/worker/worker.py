@@ -123,7 +123,7 @@ class Worker:
         """
         if self._runner is None or not self.unrecorded:
             return receive(None)
-        return self._runner.recordings.record_while_waiting(receive, self._is_idle)
+        return self._runner.recordings.record_while_waiting(receive, self._is_idle, self._backend.has_room)
 
     def _is_idle(self) -> bool:
         """Whether the device has done all that it was given."""

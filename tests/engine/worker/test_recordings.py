@@ -62,6 +62,10 @@ def wait(times: int) -> tuple[Callable[[float | None], str], list[float | None]]
     return receive, waits
 
 
+def always() -> bool:
+    return True
+
+
 def idle(worker: Worker, times: int) -> int:
     """Let the worker wait for a plan; how many graphs are left."""
     receive, _ = wait(times)
@@ -76,7 +80,7 @@ def numbered(count: int, recorded: list[int]) -> Recordings:
 def test_one_graph_is_recorded_at_a_time_and_a_plan_looked_for_in_between() -> None:
     recorded: list[int] = []
     receive, waits = wait(3)
-    assert numbered(9, recorded).record_while_waiting(receive, lambda: True) == "plan"
+    assert numbered(9, recorded).record_while_waiting(receive, always, always) == "plan"
     assert recorded == [0, 1, 2]
     assert waits == [IDLE_S, 0, 0, 0]
 
@@ -86,7 +90,7 @@ def test_once_nothing_is_left_nobody_wakes_up() -> None:
     left = numbered(2, recorded)
     for expected in ([IDLE_S, 0, None], [None]):
         receive, waits = wait(100)
-        assert left.record_while_waiting(receive, lambda: True) == "plan"
+        assert left.record_while_waiting(receive, always, always) == "plan"
         assert waits == expected
     assert recorded == [0, 1] and not left.record_next()
 
@@ -96,7 +100,7 @@ def test_nothing_is_recorded_while_a_step_is_under_way() -> None:
     recorded: list[int] = []
     receive, waits = wait(3)
     states = iter([False, False, True, True])
-    assert numbered(9, recorded).record_while_waiting(receive, lambda: next(states)) == "plan"
+    assert numbered(9, recorded).record_while_waiting(receive, lambda: next(states), always) == "plan"
     assert recorded == [0]
     assert waits == [IDLE_S, IDLE_S, IDLE_S, 0]
 
@@ -108,10 +112,20 @@ def test_what_fails_is_logged_once_and_left_to_the_steps(caplog: pytest.LogCaptu
     left = Recordings([Recording("64 decodes", fail), Recording("32 decodes", fail)])
     receive, waits = wait(100)
     with caplog.at_level(logging.WARNING):
-        assert left.record_while_waiting(receive, lambda: True) == "plan"
+        assert left.record_while_waiting(receive, always, always) == "plan"
     assert waits == [IDLE_S, None] and not left
     (record,) = caplog.records
     assert "64 decodes" in record.getMessage() and "MemoryError: no room" in record.getMessage() and record.exc_info
+
+
+def test_memory_for_the_largest_step_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    recorded: list[int] = []
+    left = numbered(5, recorded)
+    receive, waits = wait(100)
+    with caplog.at_level(logging.WARNING):
+        assert left.record_while_waiting(receive, always, lambda: len(recorded) < 2) == "plan"
+    assert recorded == [0, 1] and waits == [IDLE_S, 0, 0, None] and not left
+    assert "the largest step" in caplog.text
 
 
 def test_a_start_records_for_a_while_only() -> None:
