@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
+from engine.worker.backend import CpuBackend
+from engine.worker.recordings import Recordings
 from scripts import bench, workload
+from scripts.bench_gpu import await_recordings, make_config, parse
+from scripts.bench_gpu_cases import make_requests
+from scripts.bench_gpu_engines import offline
 from scripts.bench_report import Row, host_kind, save, table
 from scripts.bench_scheduler import measure_cache, measure_steps, step_times_ms
 
@@ -82,3 +88,26 @@ def test_throughput_of_both_engines_counts_forced_lengths() -> None:
     assert speedup.value == pytest.approx(rate.value / rate.anchor)
     lengths = [length for _, length in workload.chat(2, 2048)]
     assert f"{sum(lengths):,} tokens" in rate.note
+
+
+def test_the_gpu_benchmark_begins_once_every_graph_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = ["--max-num-seqs", "8", "--max-num-batched-tokens", "256"]
+    config, model_config = make_config(
+        parse(["--model", "micro", "--device", "cpu", "--out", str(tmp_path / "out.json"), *size])
+    )
+    go, record_next = threading.Event(), Recordings.record_next
+
+    def held(recordings: Recordings) -> bool:
+        assert go.wait(250)
+        return record_next(recordings)
+
+    monkeypatch.setattr(Recordings, "record_next", held)
+    for graphs in (True, False):
+        monkeypatch.setattr(CpuBackend, "graphs", graphs)
+        with offline(config, model_config, lambda *_: None) as run:
+            assert (run.unrecorded() > 0) == graphs
+            go.set()
+            timeline = run(list(make_requests("few", [([5, 7, 9], 4), ([11, 12], 6)], {})))
+            assert timeline.num_tokens == 10
+            recorded, _, total = await_recordings(run).split()[:3]
+            assert recorded == total and run.unrecorded() == 0
