@@ -171,18 +171,6 @@ __device__ __forceinline__ u32 count_and_see(u32* counter) {
   return before;
 }
 
-// Four matrices of 8 x 8 from shared memory, a row's address from each lane: lane l gets elements 2 * (l % 4) and the next of
-// rows l / 4; transposed: of columns l / 4.
-__device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices_transposed(u32 (&to)[4], u32 row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
-}
-
 // An 8 x 8 matrix of which each lane has elements 2 * (l % 4) and the next of row l / 4.
 __device__ __forceinline__ u32 transposed(u32 two) {
   u32 out;

@@ -314,16 +314,6 @@ template <int LEFT> void wgmma_wait() {
 
 // --- products of a warp
 
-inline void load_matrices(u32 (&to)[4], u32 row, bool transposed = false) {
-  const Lanes<u32> rows(row);
-  const int lane = now->number % 32;
-  for (int i = 0; i < 4; i++)
-    for (int j = 0; j < 2; j++) {
-      const int from = i * 8 + (transposed ? lane % 4 * 2 + j : lane / 4), element = transposed ? lane / 4 : lane % 4 * 2 + j;
-      memcpy((char*)&to[i] + 2 * j, at(rows.of[from] + 2 * element, 2), 2);
-    }
-}
-inline void load_matrices_transposed(u32 (&to)[4], u32 row) { load_matrices(to, row, true); }
 inline half_bits element_of(const Lanes<u32>& matrix, int row, int column) {
   return (half_bits)(matrix.of[row * 4 + column / 2] >> column % 2 * 16);
 }
