@@ -12,9 +12,12 @@
 // the elements of a product in the order in which they get them, which is free as long as both factors agree.
 // Tokens are the rows of the products, query heads the columns: s = K q, out = V^T p, so that the few heads of a group
 // fill a side.
-// Behind a gate (kernels/launch.py) everything but q and the last token of a context was written before it, and is read
-// before the kernel in front has ended: through L2, for nothing tells L1 of it.
+// `written` says what was written before this could start (kernels/launch.py): BEHIND_GATE, everything but q and the last
+// token of a context, which is read before the kernel in front has ended; BESIDE_PREFILL, these as well, so that the
+// kernel in front is waited for at the end only. It is read through L2, for nothing tells L1 of it.
 // Symbols as in FlashAttention, Dao 2023: m running maximum, l running sum, acc running output.
+
+enum { BEHIND_GATE = 1, BESIDE_PREFILL };
 
 constexpr int TILE = 16;
 constexpr int TOKEN = HEADS * HEAD_DIM, TOKEN_BYTES = 2 * TOKEN;
@@ -69,7 +72,7 @@ __device__ __forceinline__ float over_tokens(float value, bool largest) {  // of
 extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
     const half_bits* k_cache, const half_bits* v_cache, const half_bits* q, const int* tables, const int* lengths,
     const int* plan, u32* arrived, float4* partial, float* partial_ml, half_bits* out, int num_seqs, int num_slices,
-    int start_tiles, int block_size, int window, int keep_empty, int behind_gate, float scale, long long stride_qb,
+    int start_tiles, int block_size, int window, int keep_empty, int written, float scale, long long stride_qb,
     long long stride_qh, long long stride_kb, long long stride_vb, long long stride_tb, long long stride_ob,
     long long stride_oh, u64 policy) {
   extern __shared__ char memory[];
@@ -87,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
   }
   __syncthreads();
   let_next_start();
-  if (!behind_gate) wait_for_last();
+  if (written < BEHIND_GATE) wait_for_last();
   const int num_live = slices.num_live(), from_unit = slices.tile(slice);
   int sequence = slices.sequence(slice), first = max(from_unit, 0), left = slices.size() + min(from_unit, 0);
   Segment now;
@@ -95,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
 
   if (head == HEADS) {
     u32 phase = 1;
-    bool waits = behind_gate;
+    bool waits = written == BEHIND_GATE;
     for (; left > 0 && sequence < num_live; left -= now.take + start_tiles, sequence++, first = 0) {
       now.find(lengths, sequence, first, left, window);
       const int* table = tables + sequence * stride_tb;
@@ -135,14 +138,14 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
   for (bool begins = true; left > 0 && sequence < num_live;
        left -= now.take + start_tiles, sequence++, first = 0, begins = false) {
     now.find(lengths, sequence, first, left, window);
-    wait_for_last();
+    if (written < BESIDE_PREFILL) wait_for_last();
     u32 queries[STEPS][2];
 #pragma unroll
     for (int i = 0; i < STEPS; i++)
 #pragma unroll
       for (int j = 0; j < 2; j++)
-        queries[i][j] = row < GROUP ? *(const u32*)(q + sequence * stride_qb + (head * GROUP + row) * stride_qh
-                                                    + i / 2 * 32 + lane % 4 * 8 + i % 2 * 4 + j * 2)
+        queries[i][j] = row < GROUP ? __ldcg((const u32*)(q + sequence * stride_qb + (head * GROUP + row) * stride_qh
+                                                          + i / 2 * 32 + lane % 4 * 8 + i % 2 * 4 + j * 2))
                                     : 0;
     float m[2] = {minus_infinity(), minus_infinity()}, l[2] = {}, acc[STEPS][4] = {};
     for (int i = 0; i < now.take; i++) {

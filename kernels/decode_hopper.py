@@ -85,7 +85,7 @@ def unsupported(k_cache: Tensor) -> str | None:
 
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, *, scale: float,
-    work: Any, into: Tensor | None = None, behind_gate: bool = False,
+    work: Any, into: Tensor | None = None, behind_gate: bool = False, beside_prefill: bool = False,
 ) -> Tensor:  # fmt: skip
     """kernels.paged_attention.decode over the slices of `work`, a paged_decode.DecodeWork with tiles of 16 tokens."""
     num_seqs, num_heads, head_dim = q.shape
@@ -104,7 +104,7 @@ def decode(
     assert k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
     tensors = (k_cache, v_cache, q, block_tables, context_lens, work.plan, work.arrived, partial, partial_ml, out)
     cut = (num_seqs, work.num_slices, work.config.start_tiles)
-    values = (*cut, k_cache.shape[1], work.sliding_window, into is not None, behind_gate)
+    values = (*cut, k_cache.shape[1], work.sliding_window, into is not None, 2 if beside_prefill else behind_gate)
     strides = (*q.stride()[:2], k_cache.stride(0), v_cache.stride(0), block_tables.stride(0), *out.stride()[:2])
     arguments = [
         *(pointer(tensor.data_ptr()) for tensor in tensors),

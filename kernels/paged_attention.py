@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import paged_decode, paged_prefill, prefill_hopper
 from kernels.paged_decode import DecodeWork
-from kernels.registry import kernel
+from kernels.registry import kernel, on_gpu
 
 # Decode gathers keys and values into padded tensors, of as many sequences at a time as fit in this: one that stays in
 # a core's cache while it is used.
@@ -107,6 +107,7 @@ def decode(
     plan: DecodePlan | None = None,
     into: Tensor | None = None,
     behind_gate: bool = False,  # noqa: ARG001 - orders the GPU's kernels
+    beside_prefill: bool = False,  # noqa: ARG001 - orders the GPU's kernels
 ) -> Tensor:
     """Attend one new token of each sequence to its paged keys and values.
 
@@ -116,6 +117,7 @@ def decode(
     plan: plan_decode's of the same tables, lengths and window, to share between layers; made here when None.
     into [B, Hq, D]: takes the results, and keeps its rows of no context.
     behind_gate: since a kernels.launch.gate() nothing was written but its results, q and the new tokens of the caches.
+    beside_prefill: the kernel in front is prefill() with `beside_decodes`, and nothing was launched in between.
     Returns [B, Hq, D] in q's dtype. Raises ValueError when Hq is not a multiple of Hkv.
     """
     _check_heads(q, k_cache)
@@ -197,14 +199,25 @@ def _decode_triton(
     plan: DecodePlan | None = None,
     into: Tensor | None = None,
     behind_gate: bool = False,
+    beside_prefill: bool = False,
 ) -> Tensor:
     _check_heads(q, k_cache)
     work = plan.work if plan is not None else None
     if work is None:
         work, behind_gate = paged_decode.make_work(k_cache, context_lens, sliding_window), False
+        beside_prefill = False
     arguments = (q, k_cache, v_cache, block_tables, context_lens)
     options = {"scale": scale, "softcap": softcap, "work": work, "into": into, "behind_gate": behind_gate}
-    return paged_decode.decode(*arguments, **options)
+    return paged_decode.decode(*arguments, beside_prefill=beside_prefill, **options)
+
+
+def can_be_beside(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: DecodePlan, max_seqlen_q: int, *, scale: float
+) -> bool:
+    """Whether prefill() of these, and then decode() of the plan's, have kernels that can run at the same time."""
+    if plan.work is None or not on_gpu(q) or not paged_decode.on_hopper(q, k_cache, plan.work):
+        return False
+    return prefill_hopper.chosen(q, k_cache, v_cache, max_seqlen_q, scale=scale)
 
 
 @kernel
@@ -220,6 +233,7 @@ def prefill(
     scale: float,
     sliding_window: int = 0,
     softcap: float = 0.0,
+    beside_decodes: bool = False,  # noqa: ARG001 - orders the GPU's kernels
 ) -> Tensor:
     """Attend ragged runs of new tokens, causally, to their sequences' paged keys and values.
 
@@ -228,7 +242,8 @@ def prefill(
     cu_seqlens_q [B + 1] int32; max_seqlen_q: the longest run, at least. sliding_window w > 0: a token attends to the
     last w tokens up to itself; softcap c > 0: scores become c * tanh(score / c). Rows of q before cu_seqlens_q[0] and
     from cu_seqlens_q[B] on are nobody's and give zeros. Returns [T, Hq, D] in q's dtype.
-    Raises ValueError when Hq is not a multiple of Hkv.
+    beside_decodes, where can_be_beside(): those in front may be anything, and belong to a decode() into them, which may
+    run at the same time. Raises ValueError when Hq is not a multiple of Hkv.
     """
     _check_heads(q, k_cache)
     starts: list[int] = cu_seqlens_q.tolist()
@@ -301,10 +316,12 @@ def _prefill_fast(
     scale: float,
     sliding_window: int = 0,
     softcap: float = 0.0,
+    beside_decodes: bool = False,
 ) -> Tensor:
     """In CUDA C++ where there is a kernel for it, otherwise in Triton."""
     _check_heads(q, k_cache)
-    max_seqlen_q = args[3]
-    hopper = prefill_hopper.chosen(q, k_cache, v_cache, max_seqlen_q, scale=scale, softcap=softcap)
-    kernel = prefill_hopper.prefill if hopper else paged_prefill.prefill
-    return kernel(q, k_cache, v_cache, *args, scale=scale, sliding_window=sliding_window, softcap=softcap)
+    options = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap}
+    if prefill_hopper.chosen(q, k_cache, v_cache, args[3], scale=scale, softcap=softcap):
+        return prefill_hopper.prefill(q, k_cache, v_cache, *args, beside_decodes=beside_decodes, **options)
+    assert not beside_decodes
+    return paged_prefill.prefill(q, k_cache, v_cache, *args, **options)

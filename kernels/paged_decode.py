@@ -275,6 +275,11 @@ def make_work(
     return DecodeWork(plan, arrived, num_slices, config, sliding_window)
 
 
+def on_hopper(q: Tensor, k_cache: Tensor, work: DecodeWork, *, softcap: float = 0.0) -> bool:
+    """Whether kernels.decode_hopper runs a work."""
+    return work.config.hopper and q.shape[1] // k_cache.shape[2] <= decode_hopper.MAX_GROUP and softcap <= 0
+
+
 def why_not_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     """Why the Triton kernels cannot attend over these tensors."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -289,14 +294,17 @@ def why_not_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, *, scale: float,
     softcap: float, work: DecodeWork, into: Tensor | None = None, behind_gate: bool = False,
+    beside_prefill: bool = False,
 ) -> Tensor:  # fmt: skip
     """kernels.paged_attention.decode over the slices of `work`. Two kernels never share a work at the same time."""
     num_seqs, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    if work.config.hopper and group <= decode_hopper.MAX_GROUP and softcap <= 0:
-        arguments = (q, k_cache, v_cache, block_tables, context_lens)
-        return decode_hopper.decode(*arguments, scale=scale, work=work, into=into, behind_gate=behind_gate)
+    if on_hopper(q, k_cache, work, softcap=softcap):
+        return decode_hopper.decode(
+            q, k_cache, v_cache, block_tables, context_lens, scale=scale, work=work, into=into, behind_gate=behind_gate,
+            beside_prefill=beside_prefill,
+        )  # fmt: skip
     group_out, padded_dim = next_power_of_2(group), max(next_power_of_2(head_dim), 16)
     out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device) if into is None else into
     if num_seqs == 0:

@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
     const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
     const __grid_constant__ TensorMap map_v, half_bits* out, const int* tables, const int* context_lens,
     const int* cu_seqlens_q, int* taken, int num_rows, int num_seqs, int heads, int group_heads, int table_stride,
-    int cache_rows, float scale, int window, u64 policy) {
+    int cache_rows, float scale, int window, int beside_decodes, u64 policy) {
   extern __shared__ char memory[];
   const u32 at = (address_of(memory) + 1023) & ~1023u;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, or setmaxnreg is ignored
@@ -110,8 +110,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
     barrier_inits_fence();
   }
   __syncthreads();
-  let_next_start();
+  if (!beside_decodes) let_next_start();
   wait_for_last();
+  if (beside_decodes) let_next_start();  // all that they read has been written now
 
   if (group == GROUPS) {
     leave_registers<40>();
@@ -188,8 +189,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) attend(
     take_registers<232>();
     const int quad = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4;  // of the piece; and row + 8
 
-    // Rows that are no sequence's.
-    const int begin = cu_seqlens_q[0], gap = cu_seqlens_q[num_seqs] - begin, row_uint4s = heads * D / 8;
+    // Rows that are no sequence's, and not the decodes'.
+    const int begin = beside_decodes ? 0 : cu_seqlens_q[0], gap = cu_seqlens_q[num_seqs] - begin;
+    const int row_uint4s = heads * D / 8;
     for (long long i = blockIdx.x * CONSUMERS + threadIdx.x; i < (long long)(num_rows - gap) * row_uint4s;
          i += gridDim.x * CONSUMERS)
       ((uint4*)out)[i < (long long)begin * row_uint4s ? i : i + (long long)gap * row_uint4s] = make_uint4(0, 0, 0, 0);

@@ -112,7 +112,7 @@ def chosen(
 
 def prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
-    max_seqlen_q: int, *, scale: float, sliding_window: int = 0, softcap: float = 0.0,
+    max_seqlen_q: int, *, scale: float, sliding_window: int = 0, softcap: float = 0.0, beside_decodes: bool = False,
 ) -> Tensor:  # fmt: skip
     """kernels.paged_attention.prefill, of a call that `why_not` has nothing against."""
     assert softcap == 0 and block_tables.stride(1) == 1
@@ -140,6 +140,7 @@ def prefill(
         integer(slots),
         ctypes.c_float(scale * LOG2E),
         integer(sliding_window),
+        integer(beside_decodes),
         ctypes.c_uint64(KEPT),
     ]
     blocks = max(1, min(pieces, num_multiprocessors(q.device)))

@@ -9,7 +9,8 @@ from itertools import accumulate, product
 import torch
 from torch import Tensor
 
-from kernels import paged_attention, paged_prefill, prefill_hopper
+from kernels import paged_attention, paged_decode, paged_prefill, prefill_hopper
+from scripts.hopper_checks import hopper_cut
 from scripts.kernel_timing import capture, paged_cache, time_us
 
 Case = tuple[str, Callable[[], list[Tensor]], Callable[[], list[Tensor]], torch.dtype]
@@ -112,6 +113,43 @@ def cases(dtype: torch.dtype, small: bool) -> Iterator[Case]:
         return out[-1:]
 
     yield "prefill hopper in a graph", replay, changed.expected, dtype
+    if not small:
+        for num_decodes in (1, 60, 200):
+            yield _beside_decodes(num_decodes, dtype)
+
+
+def _beside_decodes(num_decodes: int, dtype: torch.dtype) -> Case:
+    """Chunks and decodes of one step, whose kernels run at the same time: after many replays with other queries."""
+    prefill = Prefill([(300, 70), (65, 65), (900, 130)], 32, 8, 128, dtype, before=num_decodes, after=5)
+    k, v, tables = paged_cache([1 + 61 * i % 900 for i in range(num_decodes)], 16, 8, 128, dtype)
+    contexts = torch.tensor([1 + 61 * i % 900 for i in range(num_decodes)], device="cuda", dtype=torch.int32)
+    decodes, options = (k, v, tables, contexts), {"scale": prefill.options["scale"]}
+    plan = paged_attention.DecodePlan([], paged_decode.make_work(k, contexts, 0, hopper_cut(k)))
+    queries = torch.randn_like(prefill.q)
+
+    def step() -> Tensor:
+        prefill.q.copy_(queries)
+        both: Tensor = paged_attention.prefill(*prefill.arguments, beside_decodes=True, **prefill.options)
+        rows = prefill.q[:num_decodes], both[:num_decodes]
+        early = {"plan": plan, "behind_gate": True, "beside_prefill": True}
+        paged_attention.decode(rows[0], *decodes, into=rows[1], **early, **options)
+        return both
+
+    def replay() -> list[Tensor]:
+        out: list[Tensor] = []
+        graph = capture([lambda: out.append(step())] * 4)
+        for _ in range(25):
+            queries.normal_()
+            graph.replay()
+        return out[-4:]
+
+    def expected() -> list[Tensor]:
+        both = prefill.expected()[0]
+        rows = prefill.q[:num_decodes].float()
+        both[:num_decodes] = paged_attention.decode.definition(rows, k.float(), v.float(), *decodes[2:], **options)
+        return [both] * 4
+
+    return f"prefill hopper beside {num_decodes} decodes", replay, expected, dtype
 
 
 def timings() -> Iterator[tuple[str, float, float]]:

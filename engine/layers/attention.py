@@ -123,8 +123,12 @@ class Attention:
     def _attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInput) -> Tensor:
         """Decodes by the decode kernel, chunks by the prefill kernel; q [T, Hq, D] -> [T, Hq, D]."""
         prefilled: Tensor | None = None
+        beside = False
         if step.prefills is not None:
             runs = step.prefills
+            if step.overlaid and step.decodes is not None:
+                plan = step.decodes.plans[self.sliding_window]
+                beside = paged_attention.can_be_beside(q, k_cache, v_cache, plan, runs.max_seqlen, scale=self.scale)
             prefilled = paged_attention.prefill(
                 q if step.overlaid else q[step.num_decodes :],
                 k_cache,
@@ -135,6 +139,7 @@ class Attention:
                 runs.max_seqlen,
                 scale=self.scale,
                 sliding_window=self.sliding_window,
+                beside_decodes=beside,
             )
         if step.decodes is None:
             assert prefilled is not None
@@ -151,6 +156,7 @@ class Attention:
             plan=runs.plans[self.sliding_window],
             into=prefilled[: step.num_decodes] if prefilled is not None and step.overlaid else None,
             behind_gate=True,
+            beside_prefill=beside,
         )
         if prefilled is None:
             return decoded

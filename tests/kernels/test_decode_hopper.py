@@ -36,7 +36,7 @@ def plan_of(lens: list[int], num_slices: int, window: int, start: int) -> Tensor
 
 
 @needs_compiler
-@pytest.mark.parametrize("behind_gate", [False, True])
+@pytest.mark.parametrize("written", ["nothing", "behind a gate", "beside prefill"])
 @pytest.mark.parametrize(
     ("heads", "group", "head_dim", "block_size", "window", "num_slices", "start", "lens"),
     [
@@ -48,11 +48,12 @@ def plan_of(lens: list[int], num_slices: int, window: int, start: int) -> Tensor
 )
 def test_the_kernel_run_on_a_cpu(
     heads: int, group: int, head_dim: int, block_size: int, window: int, num_slices: int, start: int,
-    lens: list[int], behind_gate: bool, tmp_path: Path,
+    lens: list[int], written: str, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Sequences cut between slices, one in many, empty ones, NaN behind the last token; bound: rounding.
 
-    The kernel in front writes q and the last tokens, and all else as well when nothing may be read before it has ended.
+    The kernel in front writes q and the last tokens, and all else as well when nothing may be read before it has ended;
+    beside prefill it writes nothing of what is read.
     """
     torch.manual_seed(0)
     num_blocks = 40
@@ -77,7 +78,10 @@ def test_the_kernel_run_on_a_cpu(
     tensors = (k, v, q, tables, context_lens, plan, arrived, partial, partial_ml, out)
     strides = (*q.stride()[:2], k.stride(0), v.stride(0), tables.stride(0), *out.stride()[:2])
     last = []
+    behind_gate = written == "behind a gate"
     for tensor in (whole_q, k, v, *(() if behind_gate else (tables, context_lens, plan))):
+        if written == "beside prefill":
+            continue
         last.append((tensor, tensor.clone()))
         if behind_gate and tensor is not whole_q:
             for b, length in enumerate(lens):
@@ -90,7 +94,7 @@ def test_the_kernel_run_on_a_cpu(
         [
             *(pointer(tensor) for tensor in tensors),
             *(ctypes.c_int(value) for value in (len(lens), num_slices, start, block_size, window, window > 0)),
-            ctypes.c_int(behind_gate),
+            ctypes.c_int(("nothing", "behind a gate", "beside prefill").index(written)),
             ctypes.c_float(0.125 * LOG2E), *(ctypes.c_longlong(stride) for stride in strides), ctypes.c_ulonglong(0),
         ],
         grid=num_slices, cluster=1, threads=32 * heads + 32, last=last,

@@ -20,7 +20,7 @@ from tests.kernels.reference import attention
 
 PARAMETERS = (
     "TensorMap*, TensorMap*, TensorMap*, half_bits*, int*, int*, int*, int*, int, int, int, int, int, int, float, int, "
-    "u64"
+    "int, u64"
 )
 VARIANTS = [
     Variant(head_dim, block_size, window, False)
@@ -54,6 +54,7 @@ def tensors(
 
 
 @needs_compiler
+@pytest.mark.parametrize("beside_decodes", [False, True])
 @pytest.mark.parametrize(
     ("variant", "heads", "kv_heads", "window", "runs"),
     [
@@ -64,8 +65,9 @@ def tensors(
     ids=str,
 )
 def test_the_kernel_run_on_a_cpu(
-    variant: Variant, heads: int, kv_heads: int, window: int, runs: list[tuple[int, int]], tmp_path: Path
-) -> None:
+    variant: Variant, heads: int, kv_heads: int, window: int, runs: list[tuple[int, int]], beside_decodes: bool,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     """Runs are (context, new tokens); rows that are nobody's around them, NaN behind each context."""
     torch.manual_seed(0)
     head_dim, block_size = variant.head_dim, variant.block_size
@@ -82,11 +84,13 @@ def test_the_kernel_run_on_a_cpu(
     contexts, new = ([run[i] for run in runs] for i in (0, 1))
     starts = [0, *accumulate(new)]
     context_lens, cu = torch.tensor(contexts, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32) + before
-    q = torch.randn(before + starts[-1] + after, heads + 1, head_dim).bfloat16()[:, :heads]
+    whole_q = torch.randn(before + starts[-1] + after, heads + 1, head_dim).bfloat16()
+    q_late = torch.full_like(whole_q, float("nan"))  # until the kernel in front has ended
+    q = whole_q[:, :heads]
     out = torch.full((len(q) + 1, heads, head_dim), -7.0).bfloat16()
     taken = torch.zeros(1, dtype=torch.int32)
     caches = [cache.view(-1, kv_heads * head_dim) for cache in (k, v)]
-    rows = q.as_strided((len(q), heads * head_dim), (q.stride(0), 1))
+    rows = q_late.as_strided((len(q), heads * head_dim), (q.stride(0), 1))
     integers = (len(q), len(runs), heads, heads // kv_heads, tables.stride(0), num_blocks * block_size)
     run(
         tmp_path, variant.source(), "attend", PARAMETERS,
@@ -94,15 +98,16 @@ def test_the_kernel_run_on_a_cpu(
             tensor_map(rows, ROWS), *(tensor_map(cache, block_size) for cache in caches),
             *(pointer(tensor) for tensor in (out, tables, context_lens, cu, taken)),
             *(ctypes.c_int(value) for value in integers), ctypes.c_float(0.125 * LOG2E), ctypes.c_int(window),
-            ctypes.c_ulonglong(0),
+            ctypes.c_int(beside_decodes), ctypes.c_ulonglong(0),
         ],
-        grid=2, cluster=1, threads=384,
+        grid=2, cluster=1, threads=384, last=[(q_late, whole_q)], gate=beside_decodes,
     )  # fmt: skip
     expected = attention(q[before : before + starts[-1]], k, v, tables, context_lens, new, 0.125, window)
     found = out[before : before + starts[-1]].double()
     assert (found - expected).norm() / expected.norm() < 4e-3
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
-    assert not out[:before].any() and not out[before + starts[-1] : -1].any(), "rows that are nobody's are zeros"
+    assert not out[before + starts[-1] : -1].any(), "rows that are nobody's are zeros"
+    assert (out[:before] == -7).all() if beside_decodes else not out[:before].any(), "those in front may be decodes'"
     assert (out[-1] == -7).all(), "the row behind the last was written to"
     assert not taken.any(), "the counter is zero between launches"
 
