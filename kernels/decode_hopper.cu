@@ -5,6 +5,8 @@
 //   HEAD_DIM   64 or 128
 //   STAGES     tiles of TILE tokens in flight, keys and values of all heads
 //   HALF       float16; otherwise bfloat16
+//   ROTARY     whether q and the last tokens' keys and values are as projected: they are rotated, and written to the cache,
+//              here, by the block that has the last tile of a context
 //
 // The work is cut as kernels/paged_decode.py says, one slice a block. One warp loads a tile's keys and its values, each as
 // the run of bytes that they are: boxes of 128 bytes came 5 % slower. In shared memory a head's rows then all begin in the
@@ -24,7 +26,16 @@ constexpr int TOKEN = HEADS * HEAD_DIM, TOKEN_BYTES = 2 * TOKEN;
 constexpr int KEY_BYTES = TILE * TOKEN_BYTES, STAGE_BYTES = 2 * KEY_BYTES;
 constexpr int STEPS = HEAD_DIM / 16;                   // of a product
 constexpr int EIGHTS = HEAD_DIM / 64;                  // 16 bytes each, a thread has of a value's elements
+constexpr int HALF_DIM = HEAD_DIM / 2, WORDS = HEAD_DIM / 64;  // of a head: what is rotated together; a lane's words
 constexpr int BLOCKS = HEADS < 8 ? 8 / HEADS : 1;      // a multiprocessor
+
+// Two elements of a head's first half and two of its second, rotated to a position: RoFormer, Su et al. 2021.
+__device__ __forceinline__ void rotate(u32& low, u32& high, float2 cosines, float2 sines) {
+  const float a[2] = {widen((half_bits)low), widen((half_bits)(low >> 16))};
+  const float b[2] = {widen((half_bits)high), widen((half_bits)(high >> 16))};
+  low = pack(a[0] * cosines.x - b[0] * sines.x, a[1] * cosines.y - b[1] * sines.y);
+  high = pack(b[0] * cosines.x + a[0] * sines.x, b[1] * cosines.y + a[1] * sines.y);
+}
 
 struct Slices {
   const int* plan;
@@ -70,10 +81,11 @@ __device__ __forceinline__ float over_tokens(float value, bool largest) {  // of
 }
 
 extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
-    const half_bits* k_cache, const half_bits* v_cache, const half_bits* q, const int* tables, const int* lengths,
+    half_bits* k_cache, half_bits* v_cache, const half_bits* q, const half_bits* new_k, const half_bits* new_v,
+    const float* cos_sin, const int* tables, const int* lengths,
     const int* plan, u32* arrived, float4* partial, float* partial_ml, half_bits* out, int num_seqs, int num_slices,
     int start_tiles, int block_size, int window, int keep_empty, int written, float scale, long long stride_qb,
-    long long stride_qh, long long stride_kb, long long stride_vb, long long stride_tb, long long stride_ob,
+    long long stride_qh, long long stride_new, long long stride_c, long long stride_kb, long long stride_vb, long long stride_tb, long long stride_ob,
     long long stride_oh, u64 policy) {
   extern __shared__ char memory[];
   const u32 stages = address_of(memory);
@@ -98,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
 
   if (head == HEADS) {
     u32 phase = 1;
-    bool waits = written == BEHIND_GATE;
+    bool waits = written == BEHIND_GATE && !ROTARY;
     for (; left > 0 && sequence < num_live; left -= now.take + start_tiles, sequence++, first = 0) {
       now.find(lengths, sequence, first, left, window);
       const int* table = tables + sequence * stride_tb;
@@ -114,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
         }
         const long long from = __shfl_sync(~0u, block, i % 32);
         const int token = (now.skipped + first + i) * TILE, at = token % block_size * TOKEN;
-        const u32 bytes = max(min(now.length - token, TILE), 0) * TOKEN_BYTES;
+        const u32 bytes = max(min(now.length - ROTARY - token, TILE), 0) * TOKEN_BYTES;
         if (one_lane()) {
           const u32 to = stages + stage * STAGE_BYTES, bar = full + 8 * stage;
           barrier_wait(empty + 8 * stage, phase);
@@ -147,11 +159,57 @@ extern "C" __global__ void __launch_bounds__(32 * HEADS + 32, BLOCKS) decode(
         queries[i][j] = row < GROUP ? __ldcg((const u32*)(q + sequence * stride_qb + (head * GROUP + row) * stride_qh
                                                           + i / 2 * 32 + lane % 4 * 8 + i % 2 * 4 + j * 2))
                                     : 0;
+#if ROTARY
+    const int last = max(now.length - 1, 0), block = last / block_size;
+    const float2* cosines = (const float2*)(cos_sin + last * stride_c);
+    const bool has_last = first + now.take == now.tiles && now.length > 0;
+#pragma unroll
+    for (int i = 0; i < STEPS / 2; i++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const int at = i / 2 * 16 + lane % 4 * 4 + i % 2 * 2 + j;
+        rotate(queries[i][j], queries[i + STEPS / 2][j], cosines[at], cosines[HALF_DIM / 2 + at]);
+      }
+    u32 key[WORDS], value[WORDS];  // of the last token: this lane's, of each half
+    if (has_last) {
+      const long long from = sequence * stride_new + head * HEAD_DIM;
+      const long long in_block = last % block_size * TOKEN + head * HEAD_DIM;
+      const long long to = __ldcg(tables + sequence * stride_tb + block);
+      u32* keys_to = (u32*)(k_cache + to * stride_kb + in_block);
+      u32* values_to = (u32*)(v_cache + to * stride_vb + in_block);
+      const u32 *keys_from = (const u32*)(new_k + from), *values_from = (const u32*)(new_v + from);
+      if (WORDS == 2) {
+        key[0] = __ldcg(keys_from + lane), key[WORDS - 1] = __ldcg(keys_from + 32 + lane);
+        rotate(key[0], key[WORDS - 1], cosines[lane], cosines[HALF_DIM / 2 + lane]);
+      } else {  // half of the lanes have words of the first half, the others the words that go with them
+        const u32 mine = __ldcg(keys_from + lane), other = __shfl_xor_sync(~0u, mine, 16);
+        u32 low = lane < 16 ? mine : other, high = lane < 16 ? other : mine;
+        rotate(low, high, cosines[lane % 16], cosines[HALF_DIM / 2 + lane % 16]);
+        key[0] = lane < 16 ? low : high;
+      }
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) {
+        value[i] = __ldcg(values_from + 32 * i + lane);
+        keys_to[32 * i + lane] = key[i], values_to[32 * i + lane] = value[i];
+      }
+    }
+#endif
     float m[2] = {minus_infinity(), minus_infinity()}, l[2] = {}, acc[STEPS][4] = {};
     for (int i = 0; i < now.take; i++) {
       const int token = (now.skipped + first + i) * TILE;
       const u32 keys = stages + stage * STAGE_BYTES + head * HEAD_DIM * 2, values = keys + KEY_BYTES;
       barrier_wait(full + 8 * stage, phase);
+#if ROTARY
+      if (has_last && i == now.take - 1) {
+#pragma unroll
+        for (int j = 0; j < WORDS; j++) {
+          const u32 place = (last - token) * TOKEN_BYTES + (32 * j + lane) * 4;
+          *shared_pointer<u32>(keys + place) = key[j], *shared_pointer<u32>(values + place) = value[j];
+        }
+        stores_fence();
+        __syncwarp();
+      }
+#endif
       float s[2][4] = {};
 #pragma unroll
       for (int step = 0; step < STEPS; step += 4) {

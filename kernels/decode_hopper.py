@@ -36,6 +36,7 @@ class DecodeShape:
     """Query heads that attend with each of them."""
     head_dim: int
     half: bool = False
+    rotary: bool = False
 
     @property
     def blocks_per_multiprocessor(self) -> int:
@@ -55,7 +56,7 @@ class DecodeShape:
         """The kernel's text, whole."""
         values = {
             "HEADS": self.heads, "GROUP": self.group, "HEAD_DIM": self.head_dim, "STAGES": self.stages,
-            "HALF": int(self.half),
+            "HALF": int(self.half), "ROTARY": int(self.rotary),
         }  # fmt: skip
         return kernel_text("decode_hopper", values)
 
@@ -66,9 +67,29 @@ def shape_kernel(shape: DecodeShape) -> CudaKernel:
     return CudaKernel(shape.source(), "decode", threads=32 * shape.heads + 32, shared_bytes=shared_bytes)
 
 
-def shape_of(q: Tensor, k_cache: Tensor) -> DecodeShape:
+@dataclass(frozen=True)
+class NewTokens:
+    """Keys and values [B, Hkv, D] of the contexts' last tokens, as projected, as q is then; cosines and sines."""
+
+    k: Tensor
+    v: Tensor
+    cos_sin: Tensor
+
+    def unsupported(self, q: Tensor, k_cache: Tensor) -> str | None:
+        """Why the kernel cannot rotate and write them; None when it can."""
+        head_dim = q.shape[2]
+        if self.cos_sin.shape[1] != head_dim or self.cos_sin.dtype != torch.float32 or self.cos_sin.stride(1) != 1:
+            return "a part of a head is rotated only"
+        if not q.dtype == self.k.dtype == self.v.dtype == k_cache.dtype:
+            return "keys and values of another type than the cache"
+        if self.k.stride() != self.v.stride() or self.k.stride()[1:] != (head_dim, 1):
+            return "the heads of keys or values are not next to each other"
+        return "tokens begin at odd places" if self.k.stride(0) % 2 or self.cos_sin.stride(0) % 2 else None
+
+
+def shape_of(q: Tensor, k_cache: Tensor, *, rotary: bool = False) -> DecodeShape:
     heads = k_cache.shape[2]
-    return DecodeShape(heads, q.shape[1] // heads, q.shape[2], q.dtype == torch.float16)
+    return DecodeShape(heads, q.shape[1] // heads, q.shape[2], q.dtype == torch.float16, rotary)
 
 
 def unsupported(k_cache: Tensor) -> str | None:
@@ -86,10 +107,14 @@ def unsupported(k_cache: Tensor) -> str | None:
 def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, *, scale: float,
     work: Any, into: Tensor | None = None, behind_gate: bool = False, beside_prefill: bool = False,
+    new: NewTokens | None = None,
 ) -> Tensor:  # fmt: skip
-    """kernels.paged_attention.decode over the slices of `work`, a paged_decode.DecodeWork with tiles of 16 tokens."""
+    """kernels.paged_attention.decode over the slices of `work`, a paged_decode.DecodeWork with tiles of 16 tokens.
+
+    new: kernels.paged_attention.rotary_decode.
+    """
     num_seqs, num_heads, head_dim = q.shape
-    shape = shape_of(q, k_cache)
+    shape = shape_of(q, k_cache, rotary=new is not None)
     kernel = shape_kernel(shape)
     out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device) if into is None else into
     slots = work.num_slices * 2 * shape.heads
@@ -102,10 +127,13 @@ def decode(
     assert work.config.tile == TILE and q.stride(2) == 1 and q.stride(0) % 2 == 0 and q.stride(1) % 2 == 0
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
     assert k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
-    tensors = (k_cache, v_cache, q, block_tables, context_lens, work.plan, work.arrived, partial, partial_ml, out)
+    added = (new.k, new.v, new.cos_sin) if new is not None else (q, q, q)
+    caches = (k_cache, v_cache)
+    tensors = (*caches, q, *added, block_tables, context_lens, work.plan, work.arrived, partial, partial_ml, out)
     cut = (num_seqs, work.num_slices, work.config.start_tiles)
     values = (*cut, k_cache.shape[1], work.sliding_window, into is not None, 2 if beside_prefill else behind_gate)
-    strides = (*q.stride()[:2], k_cache.stride(0), v_cache.stride(0), block_tables.stride(0), *out.stride()[:2])
+    rows = (added[0], added[2], *caches, block_tables)
+    strides = (*q.stride()[:2], *(tensor.stride(0) for tensor in rows), *out.stride()[:2])
     arguments = [
         *(pointer(tensor.data_ptr()) for tensor in tensors),
         *(integer(value) for value in values),

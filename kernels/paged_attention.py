@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import paged_decode, paged_prefill, prefill_hopper
+from kernels import decode_hopper, paged_decode, paged_prefill, prefill_hopper
+from kernels.decode_hopper import NewTokens
+from kernels.kv_cache import rotary_and_write_kv
 from kernels.paged_decode import DecodeWork
 from kernels.registry import kernel, on_gpu
 
@@ -209,6 +211,66 @@ def _decode_triton(
     arguments = (q, k_cache, v_cache, block_tables, context_lens)
     options = {"scale": scale, "softcap": softcap, "work": work, "into": into, "behind_gate": behind_gate}
     return paged_decode.decode(*arguments, beside_prefill=beside_prefill, **options)
+
+
+@kernel
+def rotary_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+    plan: DecodePlan | None = None,
+    behind_gate: bool = False,  # noqa: ARG001 - orders the GPU's kernels
+) -> Tensor:
+    """decode() of new tokens as they were projected: rotated to the last places of their contexts, and written there.
+
+    q [B, Hq, D]; k, v [B, Hkv, D]; cos_sin [max_position, D] float32 as in rotary_and_write_kv; the caches are mutated.
+    behind_gate: since a kernels.launch.gate() nothing was written but its results, which q, k and v are.
+    """
+    last = (context_lens.to(torch.int64) - 1).clamp(min=0)
+    block_size = k_cache.shape[1]
+    blocks = block_tables.to(torch.int64).gather(1, (last // block_size)[:, None])[:, 0]
+    slots = torch.where(context_lens > 0, blocks * block_size + last % block_size, -1)
+    q = rotary_and_write_kv.definition(q, k, v, cos_sin, last, k_cache, v_cache, slots)
+    options = {"scale": scale, "sliding_window": sliding_window, "plan": plan}
+    return decode.definition(q, k_cache, v_cache, block_tables, context_lens, **options)
+
+
+def _why_not_rotary_decode(
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, k_cache: Tensor, *_: object, plan: DecodePlan | None = None,
+    **__: object,
+) -> str | None:  # fmt: skip
+    if plan is None or plan.work is None or not paged_decode.on_hopper(q, k_cache, plan.work):
+        return "it is for many sequences on Hopper GPUs"
+    return NewTokens(k, v, cos_sin).unsupported(q, k_cache)
+
+
+@rotary_decode.triton(supports=_why_not_rotary_decode)
+def _rotary_decode_fast(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    sliding_window: int = 0,  # noqa: ARG001 - the plan's
+    plan: DecodePlan | None = None,
+    behind_gate: bool = False,
+) -> Tensor:
+    assert plan is not None
+    options = {"scale": scale, "work": plan.work, "behind_gate": behind_gate, "new": NewTokens(k, v, cos_sin)}
+    return decode_hopper.decode(q, k_cache, v_cache, block_tables, context_lens, **options)  # type: ignore[arg-type]
 
 
 def can_be_beside(

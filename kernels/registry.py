@@ -171,6 +171,12 @@ def kernel(definition: Callable[..., Any]) -> Kernel:
     return Kernel(definition)
 
 
+def fits(operation: Kernel, *args: Any, **kwargs: Any) -> bool:
+    """Whether there is a GPU's kernel for this call. For operations whose parts' kernels beat its torch definition."""
+    tensor: torch.Tensor = args[0]
+    return on_gpu(tensor) and operation.supports is not None and operation.supports(*args, **kwargs) is None
+
+
 def all_kernels() -> dict[str, Kernel]:
     """Every operation declared so far, by name (`module.function`)."""
     return dict(_KERNELS)

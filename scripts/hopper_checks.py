@@ -140,6 +140,32 @@ def _decodes(dtype: torch.dtype, small: bool) -> Iterator[Case]:
             partial(_definition, arguments, options),
             dtype,
         )
+        name = f"{heads}x{group}x{head_dim} blocks of {block_size}, {len(lens)}, {window}"
+        yield _rotary(name, arguments, options, work)
+
+
+def _rotary(
+    name: str, arguments: tuple[Tensor, ...], options: dict[str, Any], work: paged_decode.DecodeWork
+) -> Case:  # fmt: skip
+    """Decodes that are rotated and written by the same kernel, twice: their output, and the caches."""
+    (q, k, v, *rest), dtype = arguments, arguments[0].dtype
+    cos_sin, plan = torch.rand(4096, q.shape[2], device="cuda"), paged_attention.DecodePlan([], work)
+    projected = rand(len(q), 2 * k.shape[2], q.shape[2], dtype=dtype)
+    new = (q, projected[:, : k.shape[2]], projected[:, k.shape[2] :], cos_sin)
+
+    def found() -> list[Tensor]:
+        caches = k.clone(), v.clone()
+        call = partial(paged_attention.rotary_decode, *new, *caches, *rest, plan=plan, **options)
+        call()
+        torch.cuda.synchronize()
+        return [call(behind_gate=True), *caches]
+
+    def expected() -> list[Tensor]:
+        caches = k.clone(), v.clone()
+        out = paged_attention.rotary_decode.definition(*new, *caches, *rest, **options)
+        return [out, *caches]
+
+    return f"rotary decode hopper {name}", found, expected, dtype
 
 
 def _twice(call: Callable[..., Tensor]) -> list[Tensor]:

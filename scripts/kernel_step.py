@@ -24,7 +24,8 @@ from kernels.launch import dependent_launch, gate
 from kernels.linear import linear, linear_add, linear_silu_and_mul, norm_linear, norm_linear_silu_and_mul
 from kernels.linear_configs import ANY, TABLE, Row, linear_config
 from kernels.linear_gemv import GemvConfig
-from kernels.paged_attention import decode, plan_decode
+from kernels.paged_attention import decode, plan_decode, rotary_decode
+from kernels.registry import fits
 from kernels.rms_norm import fused_add_rms_norm, rms_norm
 from kernels.sampling import SamplingTensors, sample
 from scripts.kernel_timing import paged_cache, time_us
@@ -64,6 +65,9 @@ class Step:
         qkv = qkv.view(-1, HEADS + 2 * KV_HEADS, HEAD_DIM)
         q, k, v = qkv[:, :HEADS], qkv[:, HEADS : HEADS + KV_HEADS], qkv[:, HEADS + KV_HEADS :]
         caches = self.caches[layer]
+        new = (q, k, v, self.cos_sin, *caches, self.tables, self.lens)
+        if not skip and fits(rotary_decode, *new, plan=plan):
+            return rotary_decode(*new, scale=0.088, plan=plan, behind_gate=True).view(-1, HEADS * HEAD_DIM)
         if skip != "rotary":
             q = rotary_and_write_kv(q, k, v, self.cos_sin, self.positions, *caches, self.slots, behind_gate=True)
         if skip != "attention":

@@ -15,6 +15,7 @@ from engine.model_config import ModelConfig
 from kernels import paged_attention
 from kernels.kv_cache import rotary_and_write_kv
 from kernels.paged_attention import DecodePlan
+from kernels.registry import fits
 
 
 @dataclass
@@ -100,25 +101,42 @@ class Attention:
         qkv = stream.into(norm, self.qkv).view(-1, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
         k_cache, v_cache = step.caches[self.layer]
-        q = rotary_and_write_kv(
-            q,
-            k,
-            v,
-            step.cos_sin,
-            step.positions,
-            k_cache,
-            v_cache,
-            step.slots,
-            q_norm=self.q_norm.weight if self.q_norm else None,
-            k_norm=self.k_norm.weight if self.k_norm else None,
-            eps=self.eps,
-            behind_gate=True,
-        )
-        attended = self._attend(q, k_cache, v_cache, step).view(-1, heads * self.head_dim)
+        attended = self._rotary_decode(q, k, v, k_cache, v_cache, step)
+        if attended is None:
+            q = rotary_and_write_kv(
+                q,
+                k,
+                v,
+                step.cos_sin,
+                step.positions,
+                k_cache,
+                v_cache,
+                step.slots,
+                q_norm=self.q_norm.weight if self.q_norm else None,
+                k_norm=self.k_norm.weight if self.k_norm else None,
+                eps=self.eps,
+                behind_gate=True,
+            )
+            attended = self._attend(q, k_cache, v_cache, step)
+        attended = attended.view(-1, heads * self.head_dim)
         if self.is_last and step.wanted is not None:
             stream.keep(step.wanted)
             attended = attended.index_select(0, step.wanted)
         stream.add(self.out, attended)
+
+    def _rotary_decode(
+        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInput
+    ) -> Tensor | None:
+        """A step of decodes alone, rotated, written and attended in one kernel; None where there is none for it."""
+        runs = step.decodes
+        if runs is None or step.prefills is not None or self.q_norm is not None:
+            return None
+        arguments = (q, k, v, step.cos_sin, k_cache, v_cache, runs.block_tables, runs.context_lens)
+        plan = runs.plans[self.sliding_window]
+        if not fits(paged_attention.rotary_decode, *arguments, plan=plan):
+            return None
+        options = {"scale": self.scale, "sliding_window": self.sliding_window, "plan": plan, "behind_gate": True}
+        return paged_attention.rotary_decode(*arguments, **options)  # type: ignore[no-any-return]
 
     def _attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInput) -> Tensor:
         """Decodes by the decode kernel, chunks by the prefill kernel; q [T, Hq, D] -> [T, Hq, D]."""

@@ -21,7 +21,7 @@ from kernels.linear import (
     scaled_linear,
     scaled_linear_silu_and_mul,
 )
-from kernels.registry import Kernel, on_gpu
+from kernels.registry import Kernel, fits
 
 
 class ResidualStream:
@@ -60,7 +60,7 @@ class ResidualStream:
             with gate():
                 return scaled_linear(*unscaled, *behind)  # type: ignore[no-any-return]
         self._add_product()
-        if self._pending is None and _fused(norm_linear, self._total, norm.weight, *behind):
+        if self._pending is None and fits(norm_linear, self._total, norm.weight, *behind):
             with gate():
                 return norm_linear(self._total, norm.weight, *behind)  # type: ignore[no-any-return]
         normed = self.normed(norm)
@@ -74,14 +74,14 @@ class ResidualStream:
             if self._joins(norm, scaled_linear_silu_and_mul, *behind):
                 return scaled_linear_silu_and_mul(*self._unscaled(norm), *behind)  # type: ignore[no-any-return]
             self._add_product()
-            if self._pending is None and _fused(norm_linear_silu_and_mul, self._total, norm.weight, *behind):
+            if self._pending is None and fits(norm_linear_silu_and_mul, self._total, norm.weight, *behind):
                 return norm_linear_silu_and_mul(self._total, norm.weight, *behind)  # type: ignore[no-any-return]
         return linear.gated(self.normed(norm))
 
     def add(self, linear: RowParallelLinear, x: Tensor) -> None:
         """stream += linear(x)."""
         assert self._pending is None and self._product is None
-        if linear.place.size == 1 and linear.bias is None and _fused(linear_add, x, linear.weight, self._total):
+        if linear.place.size == 1 and linear.bias is None and fits(linear_add, x, linear.weight, self._total):
             self._product = x, linear.weight
         else:
             self._pending = linear.partial(x)
@@ -99,9 +99,11 @@ class ResidualStream:
 
     def _joins(self, norm: RMSNorm, product: Kernel, *behind: Any) -> bool:
         """Whether the norm joins in with the product in front of it and with the one behind."""
-        if self._product is None or not _fused(linear_add_for_norm, *self._product, self._total, norm.weight):
+        if self._product is None or not fits(linear_add_for_norm, *self._product, self._total, norm.weight):
             return False
-        return _fused(product, self._total, None, *behind)  # of the shape that the normalised stream will have
+        # Of the shape that the normalised stream will have.
+        both: bool = fits(product, self._total, None, *behind)
+        return both
 
     def _unscaled(self, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """Add the product; the stream times the norm's weight, and its square sums."""
@@ -109,9 +111,3 @@ class ResidualStream:
         self._total, scaled, square_sums = linear_add_for_norm(*self._product, self._total, norm.weight)
         self._product = None
         return scaled, square_sums
-
-
-def _fused(kernel: Kernel, *args: Any) -> bool:
-    """Whether the GPU has a kernel for all of it at these shapes; separate kernels are faster than its definition."""
-    x: Tensor = args[0]
-    return on_gpu(x) and kernel.supports is not None and kernel.supports(*args) is None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kernels import decode_hopper, hopper, launch
-from kernels.decode_hopper import LOG2E, DecodeShape, shape_kernel, shape_of, unsupported
+from kernels.decode_hopper import LOG2E, DecodeShape, NewTokens, shape_kernel, shape_of, unsupported
+from kernels.kv_cache import rotary_and_write_kv
 from kernels.launch import Chip, rehearse_on
 from kernels.paged_attention import decode, plan_decode
 from kernels.paged_decode import hopper_config
@@ -18,8 +19,9 @@ from tests.kernels.hopper_on_cpu import needs_compiler, pointer, run
 from tests.kernels.reference import attention
 
 PARAMETERS = (
-    "half_bits*, half_bits*, half_bits*, int*, int*, int*, u32*, float4*, float*, half_bits*, int, int, int, int, int, "
-    "int, int, float, long long, long long, long long, long long, long long, long long, long long, u64"
+    "half_bits*, half_bits*, half_bits*, half_bits*, half_bits*, float*, int*, int*, int*, u32*, float4*, float*, "
+    "half_bits*, int, int, int, int, int, int, int, float, long long, long long, long long, long long, long long, "
+    "long long, long long, long long, long long, u64"
 )
 
 
@@ -36,7 +38,16 @@ def plan_of(lens: list[int], num_slices: int, window: int, start: int) -> Tensor
 
 
 @needs_compiler
-@pytest.mark.parametrize("written", ["nothing", "behind a gate", "beside prefill"])
+@pytest.mark.parametrize(
+    ("written", "rotary"),
+    [
+        ("nothing", False),
+        ("nothing", True),
+        ("behind a gate", False),
+        ("behind a gate", True),
+        ("beside prefill", False),
+    ],
+)
 @pytest.mark.parametrize(
     ("heads", "group", "head_dim", "block_size", "window", "num_slices", "start", "lens"),
     [
@@ -48,12 +59,13 @@ def plan_of(lens: list[int], num_slices: int, window: int, start: int) -> Tensor
 )
 def test_the_kernel_run_on_a_cpu(
     heads: int, group: int, head_dim: int, block_size: int, window: int, num_slices: int, start: int,
-    lens: list[int], written: str, tmp_path: Path,
+    lens: list[int], written: str, rotary: bool, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Sequences cut between slices, one in many, empty ones, NaN behind the last token; bound: rounding.
 
     The kernel in front writes q and the last tokens, and all else as well when nothing may be read before it has ended;
-    beside prefill it writes nothing of what is read.
+    beside prefill it writes nothing of what is read. With rotary the last tokens' keys and values are not in the cache
+    yet, and nothing is rotated.
     """
     torch.manual_seed(0)
     num_blocks = 40
@@ -69,21 +81,33 @@ def test_the_kernel_run_on_a_cpu(
             for cache in (k, v):
                 cache[tables[b, length // block_size], length % block_size :] = float("nan")
     context_lens = torch.tensor(lens, dtype=torch.int32)
-    shape = shape_of(q, k)
+    shape = shape_of(q, k, rotary=rotary)
+    projected = torch.randn(len(lens), heads * 2 + 1, head_dim).bfloat16()
+    new_k, new_v, cos_sin = projected[:, :heads], projected[:, heads : 2 * heads], torch.rand(256, head_dim)
+    wanted_q, wanted_k, wanted_v = q, k.clone(), v.clone()
+    if rotary:
+        last = (context_lens.long() - 1).clamp(min=0)
+        slots = tables.long().gather(1, (last // block_size)[:, None])[:, 0] * block_size + last % block_size
+        slots[context_lens == 0] = -1
+        for cache in (k, v):
+            cache.view(-1, heads, head_dim)[slots[slots >= 0]] = float("nan")
+        wanted_q = rotary_and_write_kv.definition(q, new_k, new_v, cos_sin, last, wanted_k, wanted_v, slots)
     out = torch.full((len(lens) + 1, heads * group, head_dim), -7.0).bfloat16()
     slots = num_slices * 2 * heads
     partial, partial_ml = torch.full((slots * 8 * head_dim,), float("nan")), torch.full((slots * 16,), float("nan"))
     arrived = torch.zeros(len(lens), heads, dtype=torch.int32)
     plan = plan_of(lens, num_slices, window, start)
-    tensors = (k, v, q, tables, context_lens, plan, arrived, partial, partial_ml, out)
-    strides = (*q.stride()[:2], k.stride(0), v.stride(0), tables.stride(0), *out.stride()[:2])
-    last = []
+    tensors = (k, v, q, new_k, new_v, cos_sin, tables, context_lens, plan, arrived, partial, partial_ml, out)
+    strides = (*q.stride()[:2], new_k.stride(0), cos_sin.stride(0), k.stride(0), v.stride(0))
+    strides = (*strides, tables.stride(0), *out.stride()[:2])
+    writes = []
     behind_gate = written == "behind a gate"
-    for tensor in (whole_q, k, v, *(() if behind_gate else (tables, context_lens, plan))):
+    new = (whole_q, projected) if rotary else (whole_q, k, v)
+    for tensor in (*new, *(() if behind_gate else (tables, context_lens, plan))):
         if written == "beside prefill":
             continue
-        last.append((tensor, tensor.clone()))
-        if behind_gate and tensor is not whole_q:
+        writes.append((tensor, tensor.clone()))
+        if behind_gate and (tensor is k or tensor is v):
             for b, length in enumerate(lens):
                 if length:
                     tensor[tables[b, (length - 1) // block_size], (length - 1) % block_size] = float("nan")
@@ -97,17 +121,33 @@ def test_the_kernel_run_on_a_cpu(
             ctypes.c_int(("nothing", "behind a gate", "beside prefill").index(written)),
             ctypes.c_float(0.125 * LOG2E), *(ctypes.c_longlong(stride) for stride in strides), ctypes.c_ulonglong(0),
         ],
-        grid=num_slices, cluster=1, threads=32 * heads + 32, last=last,
+        grid=num_slices, cluster=1, threads=32 * heads + 32, last=writes,
     )  # fmt: skip
-    expected = attention(q, k, v, tables, context_lens, [1] * len(lens), 0.125, window)
+    expected = attention(wanted_q, wanted_k, wanted_v, tables, context_lens, [1] * len(lens), 0.125, window)
     found = out[:-1].double()
     if window:  # that call keeps rows of no context
         assert (found[context_lens == 0] == -7).all()
         found[context_lens == 0] = 0
     assert (found - expected).norm() / expected.norm() < 4e-3
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+    for cache, wanted in ((k, wanted_k), (v, wanted_v)):
+        torch.testing.assert_close(cache, wanted, atol=0.01, rtol=0.01, equal_nan=True)
     assert (out[-1] == -7).all(), "the row behind the last was written to"
     assert not arrived.any(), "counters are zero between launches"
+
+
+def test_new_tokens_that_it_cannot_rotate() -> None:
+    qkv, cos_sin = torch.empty(5, 12, 64, dtype=torch.bfloat16), torch.empty(100, 64)
+    q, k, v = qkv[:, :8], qkv[:, 8:10], qkv[:, 10:]
+    cache = torch.empty(3, 16, 2, 64, dtype=torch.bfloat16)
+    assert NewTokens(k, v, cos_sin).unsupported(q, cache) is None
+    assert "a part of a head" in str(NewTokens(k, v, cos_sin[:, :32]).unsupported(q, cache))
+    assert "a part of a head" in str(NewTokens(k, v, cos_sin.half()).unsupported(q, cache))
+    assert "another type" in str(NewTokens(k, v, cos_sin).unsupported(q, cache.half()))
+    assert "next to each other" in str(NewTokens(qkv[:, 8::2], v, cos_sin).unsupported(q, cache))
+    odd = torch.empty(5, 12 * 64 + 1, dtype=torch.bfloat16)
+    places = [odd[:, i * 64 : (i + 2) * 64].unflatten(1, (2, 64)) for i in (8, 10)]
+    assert "odd places" in str(NewTokens(*places, cos_sin).unsupported(q, cache))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])

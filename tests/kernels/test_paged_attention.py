@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import paged_attention, paged_decode, paged_prefill
+from kernels.kv_cache import rotary_and_write_kv
 from kernels.paged_attention import decode, plan_decode, prefill
 from kernels.paged_decode import DecodeConfig
 from kernels.paged_prefill import PrefillConfig
@@ -125,6 +126,23 @@ def test_slices_are_equal_and_cover_every_tile_once(start_tiles: int) -> None:
             assert (plan[2 + g], plan[2 + slices + g]) == (seq, place - before[seq] - start_tiles)
         else:
             assert plan[2 + g] == live
+
+
+def test_rotary_decode_rotates_writes_and_decodes() -> None:
+    """Against its parts; padding rows in between, a context that begins a block."""
+    context_lens = [40, 0, 1, BLOCK_SIZE + 1, 100, 0]
+    k, v, tables, lens = batch(context_lens, 2, 32, torch.float32)
+    qkv, cos_sin = torch.randn(6, 8, 32), torch.rand(128, 32)
+    q, new_k, new_v = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
+    slots = [int(tables[b, (n - 1) // BLOCK_SIZE]) * BLOCK_SIZE + (n - 1) % BLOCK_SIZE if n else -1
+             for b, n in enumerate(context_lens)]  # fmt: skip
+    wanted_k, wanted_v = k.clone(), v.clone()
+    positions = torch.tensor([max(n - 1, 0) for n in context_lens])
+    rotated = rotary_and_write_kv(q, new_k, new_v, cos_sin, positions, wanted_k, wanted_v, torch.tensor(slots))
+    wanted = paged_attention.decode(rotated, wanted_k, wanted_v, tables, lens, scale=0.2)
+    out = paged_attention.rotary_decode(q, new_k, new_v, cos_sin, k, v, tables, lens, scale=0.2)
+    torch.testing.assert_close(out, wanted)
+    assert torch.equal(k, wanted_k) and torch.equal(v, wanted_v)
 
 
 RUNS = [(1, 1), (37, 20), (5, 0), (130, 70), (64, 64), (90, 1), (16, 3)]  # (context, new tokens)
