@@ -16,7 +16,8 @@ from engine.step import StepResult
 
 GATHER_S = 0.0005
 """An idle engine waits so long after the last request for another: twice after two, and so on up to GATHER_TIMES. One
-that comes alone loses no more than this."""
+that comes alone loses no more than this; nothing, if it comes within AGAIN_S of the end of another one that was."""
+AGAIN_S = 0.02
 GATHER_TIMES = 4
 GATHER_LIMIT_S = 0.03
 """Nobody waits longer for others than this."""
@@ -79,8 +80,12 @@ class Pacer:
         self._gathers, self._foresees = gathers, foresees
         self._times = StepTimes()
         self._lead_s = LEAD_S
-        self._last_s = float("-inf")
-        """When the last request came."""
+        self._last_s = self._ended_s = float("-inf")
+        """When the last request came, and when the last step's result was read."""
+        self._idle = False
+        """Whether nothing is computed, and somebody waits."""
+        self._num_served = 0
+        """Requests since the engine was idle."""
         self.forget()
 
     @classmethod
@@ -111,6 +116,7 @@ class Pacer:
         """A request came, with a prompt of `num_tokens`."""
         self._first_s, self._last_s = min(self._first_s, now_s), now_s
         self._num_new += 1
+        self._num_served += 1
         self._seats += num_sequences
         self._tokens += num_tokens
 
@@ -118,13 +124,15 @@ class Pacer:
         """A step was submitted; so many are in flight with it. Who came before is part of it, or had no room."""
         if in_flight == 1:
             self._began_s = now_s
+        if self._idle:
+            self._idle, self._num_served = False, self._num_new
         self._put_off_in_flight.append(self._put_off)
         self._put_off = False
         self._planned()
 
     def ended(self, step: ScheduledStep | None, result: StepResult, ended_s: float | None, now_s: float) -> None:
         """The oldest step's result was read; it came at `ended_s`, None: unknown. The next one began then."""
-        self._began_s = ended_s
+        self._began_s, self._ended_s = ended_s, now_s
         if step is not None and result.device_s > 0:
             self._times.observe(step, result.device_s, now_s)
         put_off = bool(self._put_off_in_flight) and self._put_off_in_flight.popleft()
@@ -140,7 +148,7 @@ class Pacer:
         if not in_flight and not waiting:
             self._planned()  # who came has gone
         if not in_flight and not running:
-            self._put_off = False
+            self._put_off, self._idle = False, waiting > 0
         if waiting > self._num_new or self._tokens + running >= self._max_tokens:
             return 0.0  # others that come would find no room either
         if running + max(waiting, self._seats) >= self._max_seqs:
@@ -150,6 +158,8 @@ class Pacer:
         return self._foresee_s(step, now_s) if self._foresees and in_flight == 1 and step is not None else 0.0
 
     def _gather_s(self, now_s: float) -> float:
+        if self._num_served - self._num_new == 1 and self._first_s - self._ended_s < AGAIN_S:
+            return 0.0  # a client that asks again and again, alone
         quiet_s = GATHER_S * min(self._num_new, GATHER_TIMES)
         return max(0.0, min(self._last_s + quiet_s, self._first_s + GATHER_LIMIT_S) - now_s)
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from cluster import pacer as rules
 from cluster.pacer import (
+    AGAIN_S,
     GATHER_LIMIT_S,
     GATHER_S,
     GATHER_TIMES,
@@ -71,6 +72,37 @@ def test_a_request_that_comes_alone_loses_half_a_millisecond():
     assert idle_wait_s(pacer, 7.0, 1) == pytest.approx(GATHER_S)
     assert idle_wait_s(pacer, 7.0003, 1) == pytest.approx(GATHER_S - 0.0003)
     assert idle_wait_s(pacer, 7.0 + GATHER_S, 1) == 0.0
+
+
+def serve(pacer, now_s, num_requests):
+    """Requests come to an idle engine, which computes one step for them."""
+    for _ in range(num_requests):
+        arrive(pacer, now_s)
+    wait = idle_wait_s(pacer, now_s, num_requests)
+    pacer.began(now_s, in_flight=1)
+    pacer.ended(step(num_requests), result(0.01), now_s + 0.01, now_s + 0.01)
+    return wait
+
+
+def test_a_client_that_asks_again_and_again_alone_loses_nothing():
+    pacer = make_pacer()
+    assert serve(pacer, 1.0, 1) == pytest.approx(GATHER_S)
+    assert [serve(pacer, now_s, 1) for now_s in (1.015, 1.03, 1.045)] == [0, 0, 0]
+    assert serve(pacer, 1.045 + 0.01 + AGAIN_S, 1) == pytest.approx(GATHER_S), "after a pause anybody may come"
+
+
+def test_whoever_comes_after_several_waits_for_others():
+    pacer = make_pacer()
+    serve(pacer, 1.0, 2)
+    assert serve(pacer, 1.015, 1) == pytest.approx(GATHER_S)
+    arrive(pacer, 1.03)
+    arrive(pacer, 1.03)
+    pacer.wait_s(1.03, step=None, in_flight=0, running=0, waiting=2)
+    pacer.began(1.03, in_flight=1)
+    arrive(pacer, 1.035)  # while the others are computed
+    pacer.began(1.04, in_flight=1)
+    pacer.ended(step(), result(0.01), 1.05, 1.05)
+    assert serve(pacer, 1.055, 1) == pytest.approx(GATHER_S), "three were served at a time"
 
 
 def test_of_a_burst_everyone_is_waited_for():
