@@ -113,10 +113,11 @@ class LocalExecutor:
                 continue
             try:
                 pending = self._worker.submit(plan, self._await_masks)
+                is_done = pending.done  # a device that is lost may say so here
             except Exception as error:
                 self._fail(future, error)
                 continue
-            if pending.done:
+            if is_done:
                 self._finish(pending, future)
             else:
                 self._started.put((pending, future))

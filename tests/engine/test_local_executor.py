@@ -12,7 +12,7 @@ from engine.errors import ConfigError, ExecutorDied, ModelLoadError
 from engine.local_executor import LocalExecutor
 from engine.sampling_params import SamplingParams
 from engine.step import NewSequence, StepPlan, pack, unpack
-from engine.worker.backend import CpuBackend
+from engine.worker.backend import CpuBackend, DoneStep
 from engine.worker.recordings import Recordings
 from tests.checkpoints import make_checkpoint
 from tests.ranks import Ranks, resolved
@@ -81,6 +81,20 @@ def test_an_unexpected_error_is_told_with_its_cause(executor: LocalExecutor) -> 
     plan.sample_entries = pack([3])
     error = executor.submit(plan).exception(timeout=250)
     assert isinstance(error, ExecutorDied) and error.ranks == (0,) and isinstance(error.__cause__, IndexError)
+
+
+def test_a_device_that_is_lost_while_it_is_asked_fails_the_step(
+    executor: LocalExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(_: DoneStep) -> bool:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(DoneStep, "done", property(lost))
+    with pytest.raises(ExecutorDied, match="the device is lost"):
+        executor.submit(plans(0, 1)[0]).result(timeout=250)
+    monkeypatch.undo()
+    executor.restart()
+    assert len(tokens(executor, 1)) == 8, "the thread that runs plans goes on"
 
 
 def test_plans_of_an_older_epoch_are_refused(executor: LocalExecutor) -> None:
