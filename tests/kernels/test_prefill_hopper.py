@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import hopper, launch, paged_attention, prefill_hopper
+from kernels import hopper, launch, paged_attention, paged_decode, prefill_hopper
 from kernels.hopper import SHARED_BYTES
 from kernels.launch import Chip, rehearse_on
+from kernels.paged_decode import DecodeConfig
 from kernels.prefill_hopper import KEYS, LOG2E, ROWS, Variant, chosen, variant_kernel, why_not
 from tests.kernels.hopper_on_cpu import needs_compiler, pointer, run, tensor_map
 from tests.kernels.reference import attention
@@ -153,6 +154,27 @@ def test_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "nvrtc_version", lambda: (12, 3))
     hopper.why_not.cache_clear()
     assert "libnvrtc" in str(why_not(*tensors(), scale=0.1))
+
+
+@pytest.mark.usefixtures("met")
+def test_it_runs_beside_decodes_where_both_have_kernels_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors()
+    many, few = (
+        paged_decode.DecodeWork(torch.empty(0), torch.empty(0), 132, config, 0)
+        for config in (DecodeConfig(tile=16, hopper=True), DecodeConfig())
+    )
+
+    def beside(q: Tensor, work: paged_decode.DecodeWork | None, longest: int = ROWS) -> bool:
+        plan = paged_attention.DecodePlan([], work)
+        return paged_attention.can_be_beside(q, k.to(q.device), v.to(q.device), plan, longest, scale=0.1)
+
+    assert beside(q, many)
+    assert not beside(q, few), "Triton's decode attention waits for what is in front"
+    assert not beside(q, None)
+    assert not beside(q, many, prefill_hopper.MIN_NEW_TOKENS - 1), "Triton's prefill attention writes zeros in front"
+    assert not beside(q.repeat(1, 5, 1), many), "a group of ten"
+    monkeypatch.setattr(hopper, "USED", {"decode"})
+    assert not beside(q, many)
 
 
 def test_a_rehearsal_meets_the_variant_of_a_call(met: list[tuple[str, str]]) -> None:
