@@ -13,7 +13,6 @@ from engine.step import StepResult
 from engine.worker.backend import CpuBackend
 from engine.worker.cuda_graphs import graph_sizes
 from engine.worker.mixed_graphs import token_sizes
-from tests.checkpoints import make_checkpoint
 from tests.ranks import GREEDY, Ranks
 
 PROMPTS = [[5, 7, 9], [11] * 16, list(range(20, 61)), [3], [8, 9] * 7]
@@ -25,13 +24,6 @@ REPORTED = [
     SamplingParams(temperature=0.8, min_tokens=6),
     SamplingParams(temperature=0.8, min_p=0.2),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama3")
-    make_checkpoint(path, "llama3")
-    return path
 
 
 @pytest.fixture(params=[1, 2], ids=["one rank", "two ranks"])

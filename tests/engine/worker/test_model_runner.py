@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,25 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.sampling_params import SamplingParams
 from engine.step import StepResult, unpack
-from tests.checkpoints import make_checkpoint
 from tests.ranks import GREEDY, Ranks
 
 PROMPT = [5, 7, 9, 11, 100, 150, 33, 60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72]
 OTHER = list(range(90, 120))
 REPORTED = SamplingParams(temperature=0.0, prompt_logprobs=2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama3")
-    make_checkpoint(path, "llama3")
-    return path
-
-
-@pytest.fixture
-def ranks(folder: Path) -> Iterator[Ranks]:
-    with Ranks(folder, block_size=8) as made:
-        yield made
 
 
 def products(ranks: Ranks, run: Callable[[], StepResult]) -> int:

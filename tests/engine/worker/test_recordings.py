@@ -19,7 +19,6 @@ from engine.worker.mixed_graphs import token_sizes
 from engine.worker.recorder import Recorder, Recording
 from engine.worker.recordings import IDLE_S, Recordings
 from engine.worker.worker import Worker
-from tests.checkpoints import make_checkpoint
 from tests.ranks import GREEDY, Ranks
 
 PROMPTS = [[5, 7, 9], [11] * 16, list(range(20, 61)), [3], [8, 9] * 7]
@@ -32,13 +31,6 @@ PARAMS = [
 ]
 SETTINGS = {"max_num_seqs": 6, "max_num_batched_tokens": 100}
 NUM_GRAPHS = len(token_sizes(100)) + 4 * len(graph_sizes(6))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama3")
-    make_checkpoint(path, "llama3")
-    return path
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +10,10 @@ import pytest
 from engine.errors import ConfigError, ExecutorDied
 from engine.sampling_params import SamplingParams
 from engine.step import StepPlan, pack, unpack
-from tests.checkpoints import make_checkpoint
 from tests.ranks import GREEDY, Ranks
 
 PROMPT = [5, 7, 9, 11, 100, 150, 33, 60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72]
 SAMPLED = SamplingParams(temperature=1.0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama3")
-    make_checkpoint(path, "llama3")
-    return path
-
-
-@pytest.fixture
-def ranks(folder: Path) -> Iterator[Ranks]:
-    with Ranks(folder, block_size=8) as made:
-        yield made
 
 
 def tokens_of(ranks: Ranks, seq_ids: list[int], steps: int) -> list[list[int]]:
