@@ -186,7 +186,7 @@ class RankLoop:
         self._receiving = True
         try:
             return self._link.receive(timeout_s)
-        except TimeoutError:
+        except TimeoutError:  # an OSError, too, and none of the link's
             raise
         except OSError as error:
             logger.warning("rank %d: the driver is gone: %s", self._rank, error)

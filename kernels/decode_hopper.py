@@ -21,6 +21,7 @@ from kernels.launch import compile_in_rehearsal, dependent_launch
 TILE = 16
 LEAST_SEQUENCES = 9
 """Fewer are cut into so many slices that merging them takes longer than reading."""
+BEHIND_GATE, BESIDE_PREFILL = 1, 2  # as in decode_hopper.cu
 MAX_GROUP = 8
 """Query heads to a key/value head."""
 LOG2E = 1.4426950408889634
@@ -127,11 +128,12 @@ def decode(
     assert work.config.tile == TILE and q.stride(2) == 1 and q.stride(0) % 2 == 0 and q.stride(1) % 2 == 0
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
     assert k_cache.data_ptr() % 16 == 0 and v_cache.data_ptr() % 16 == 0
-    added = (new.k, new.v, new.cos_sin) if new is not None else (q, q, q)
+    added = (new.k, new.v, new.cos_sin) if new is not None else (q, q, q)  # of which nothing is read then
     caches = (k_cache, v_cache)
     tensors = (*caches, q, *added, block_tables, context_lens, work.plan, work.arrived, partial, partial_ml, out)
     cut = (num_seqs, work.num_slices, work.config.start_tiles)
-    values = (*cut, k_cache.shape[1], work.sliding_window, into is not None, 2 if beside_prefill else behind_gate)
+    written = BESIDE_PREFILL if beside_prefill else BEHIND_GATE if behind_gate else 0
+    values = (*cut, k_cache.shape[1], work.sliding_window, into is not None, written)
     rows = (added[0], added[2], *caches, block_tables)
     strides = (*q.stride()[:2], *(tensor.stride(0) for tensor in rows), *out.stride()[:2])
     arguments = [

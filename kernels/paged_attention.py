@@ -206,11 +206,13 @@ def _decode_triton(
     _check_heads(q, k_cache)
     work = plan.work if plan is not None else None
     if work is None:
-        work, behind_gate = paged_decode.make_work(k_cache, context_lens, sliding_window), False
-        beside_prefill = False
-    arguments = (q, k_cache, v_cache, block_tables, context_lens)
-    options = {"scale": scale, "softcap": softcap, "work": work, "into": into, "behind_gate": behind_gate}
-    return paged_decode.decode(*arguments, beside_prefill=beside_prefill, **options)
+        # The kernel in front makes the plan.
+        work = paged_decode.make_work(k_cache, context_lens, sliding_window)
+        behind_gate = beside_prefill = False
+    return paged_decode.decode(
+        q, k_cache, v_cache, block_tables, context_lens, scale=scale, softcap=softcap, work=work, into=into,
+        behind_gate=behind_gate, beside_prefill=beside_prefill,
+    )  # fmt: skip
 
 
 @kernel
